@@ -1,0 +1,1 @@
+"""The hardware room: facts about boards, their accelerators and cameras. It imports edge_serve, never the other way round."""

@@ -1,0 +1,5 @@
+"""`python -m edge_serve` is the `edge-serve` command."""
+
+from edge_serve.cli import main
+
+main()

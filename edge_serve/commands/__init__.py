@@ -1,0 +1,16 @@
+"""The sub-commands of `edge-serve`, one module each, imported when they are called; and the table of them."""
+
+# name → (where the click command is, what `--help` says of it)
+COMMANDS = {
+    "convert": (
+        "edge_serve_converters.cli:convert",
+        "Turn a TensorFlow SavedModel into a bundle of checked TFLite files.",
+    ),
+    "run": ("edge_serve.commands.run:run", "Serve the pipelines of a configuration until a signal."),
+    "check": ("edge_serve.commands.check:check", "Find every mistake of a configuration; no connection is opened."),
+    "config": ("edge_serve.commands.config:config", "Write a commented configuration to begin with."),
+    "infer": ("edge_serve.commands.infer:infer", "Run a model once on photos, arrays or samples."),
+    "inspect": ("edge_serve.commands.inspect:inspect", "Show a model's signatures, tensors, operators and delegates."),
+    "send": ("edge_serve.commands.send:send", "Send inputs to a running pipeline's socket and print the answers."),
+    "demo": ("edge_serve.commands.demo:demo", "Serve the two demo models and check their results."),
+}

@@ -1,0 +1,80 @@
+"""`edge-serve check`: every mistake of a configuration at once, without opening a connection."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from edge_serve.config import DEFAULT_FILE, Config
+from edge_serve.errors import EXIT_USAGE, ConfigError, Problem, UsageError
+
+
+@click.command(
+    epilog="""\b
+Example:
+  edge-serve check -c edge-serve.toml && systemctl restart edge-serve"""
+)
+@click.option(
+    "-c",
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_FILE,
+    show_default=True,
+    help="The configuration.",
+)
+@click.option("--no-models", is_flag=True, help="Do not load the models (for a machine without them).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def check(file: Path, no_models: bool, as_json: bool) -> int:
+    """Find every mistake of a configuration; no connection is opened, nothing is served.
+
+    Models are found, their hashes compared and their tensors held against what the configuration says.
+    Exits with 2 if anything is wrong.
+    """
+    problems: list[Problem] = []
+    lines: list[str] = []
+    try:
+        from edge_serve.app import load
+
+        config = load(file)
+        if not no_models:
+            lines, problems = _check_models(config)
+    except ConfigError as error:
+        problems = error.problems
+    if as_json:
+        found = [{"key": problem.key, "what": problem.what, "remedy": problem.remedy} for problem in problems]
+        click.echo(json.dumps({"v": 1, "file": str(file), "ok": not problems, "problems": found, "pipelines": lines}))
+    elif problems:
+        raise ConfigError(str(file), problems)
+    else:
+        for line in lines:
+            click.echo(line)
+        click.echo(f"{file}: no mistakes")
+    return EXIT_USAGE if problems else 0
+
+
+def _check_models(config: Config) -> tuple[list[str], list[Problem]]:
+    from edge_serve.app import find_model, open_engine
+    from edge_serve.health import Counters
+    from edge_serve.model.interpreter import load_runtime
+
+    lines: list[str] = []
+    problems: list[Problem] = []
+    try:
+        runtime = load_runtime(config.runtime)
+    except UsageError as error:
+        return [], [Problem("runtime", str(error))]
+    for pipeline in config.pipelines:
+        try:
+            version = find_model(config, pipeline)
+            engine, meaning = open_engine(config, pipeline, version, runtime)
+            meaning.decoder(engine)
+            meaning.intake(engine, Counters(), None)
+            what = f"{meaning.input.kind} in, {meaning.output.type} out, on {engine.delegate}"
+            lines.append(f"{pipeline.name}: {version.name} ({version.variant}), {what}")
+            engine.close()
+        except UsageError as error:
+            problems.append(Problem(f"{pipeline.key}.model", str(error)))
+    return lines, problems

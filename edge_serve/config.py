@@ -1,0 +1,469 @@
+"""The configuration: typed dataclasses, one strict TOML loader, and every mistake reported at once.
+
+Paths in a configuration are relative to its own folder. What a source or sink takes is told by its part: the loader is
+given a resolver, so that the keys of plug-ins are checked as strictly as our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+from edge_serve.errors import ConfigError, EdgeServeError, Problem
+from edge_serve.schema import join, option, read
+from edge_serve.spec import InputSpec, OutputSpec
+
+SCHEMA = 1
+DEFAULT_FILE = "edge-serve.toml"
+# A configuration is read whole; a larger file is not one.
+MAX_CONFIG_BYTES = 1024 * 1024
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DELEGATES = ("auto", "none", "xnnpack")
+SERIAL_FILES = ("/proc/device-tree/serial-number", "/sys/firmware/devicetree/base/serial-number")
+PASSWORD_CREDENTIAL = "mqtt-password"  # noqa: S105  # the name of a credential, not one
+PASSWORD_VARIABLE = "EDGE_SERVE_MQTT_PASSWORD"  # noqa: S105  # likewise
+
+
+@dataclass(frozen=True, slots=True)
+class MqttBroker:
+    """One broker; sources and sinks use [mqtt] unless their `broker` names a table [mqtt.NAME]."""
+
+    url: str = option(
+        doc="mqtt://host:1883, mqtts://host:8883 (TLS) or unix:///path/of/socket", example="mqtt://127.0.0.1:1883"
+    )
+    protocol: Literal[5, "5", "3.1.1"] = option(5, 'MQTT version, 5 or "3.1.1"', example=5)
+    username: str | None = option(None, "user name; without one the broker sees an anonymous client", example="edge")
+    password_file: str | None = option(
+        None,
+        "file that holds the password; else the systemd credential mqtt-password, else EDGE_SERVE_MQTT_PASSWORD "
+        "(with -NAME or _NAME behind it for [mqtt.NAME])",
+        example="/etc/edge-serve/mqtt-password",
+    )
+    ca_file: str | None = option(
+        None, "TLS: certificates that are trusted; default: the system's", example="/etc/edge-serve/ca.pem"
+    )
+    cert_file: str | None = option(None, "TLS: client certificate, PEM", example="/etc/edge-serve/client.pem")
+    key_file: str | None = option(None, "TLS: key of the client certificate, PEM", example="/etc/edge-serve/client.key")
+    insecure: bool = option(False, "TLS without verification of the broker's certificate; for tests only")
+    keepalive_s: int = option(30, "seconds of silence after which a ping is sent", low=5, high=3600)
+    connect_timeout_s: float = option(10.0, "seconds that one attempt to connect may take", low=0.1, high=300)
+    session_expiry_s: int = option(
+        86400, "seconds that the broker keeps what arrives while this device is away (MQTT 5)", low=0, high=4294967295
+    )
+    max_payload: int = option(
+        16 * 1024 * 1024,
+        "bytes; a larger payload is skipped and answered with an error result (too_large)",
+        low=1,
+        high=256 * 1024 * 1024,
+    )
+
+    @property
+    def version(self) -> Literal["5", "3.1.1"]:
+        """Give the protocol version as text."""
+        return "3.1.1" if self.protocol == "3.1.1" else "5"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Which model, which version of it, and how it runs. A pipeline may say these itself or name a [models.NAME]."""
+
+    model: str = option(
+        doc="a base folder with versions, one version folder, or a .tflite file", example="models/bearing"
+    )
+    version: str | int | None = option(
+        None, 'latest, a number, or a label of version_labels (default "latest")', example="latest"
+    )
+    version_labels: dict[str, int] | None = option(None, "names for versions, as { stable = 3 }", low=0)
+    variant: str | None = option(None, "which variant of the bundle (default: the bundle's)", example="int8")
+    signature: str | None = option(
+        None, "which signature of the model (default: serving_default)", example="serving_default"
+    )
+    delegate: str | None = option(None, 'auto, none or xnnpack (default "auto")', example="auto")
+    threads: int | None = option(
+        None, "threads of the interpreter; 0 (the default) chooses by measurement", example=0, low=0, high=64
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PartConfig:
+    """A source or sink: its type, and the options that its part declares."""
+
+    type: str
+    options: Any
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineConfig:
+    """One line from a source through a model to its sinks."""
+
+    name: str
+    model: ModelConfig
+    source: PartConfig
+    sinks: tuple[PartConfig, ...]
+    input: InputSpec = field(default_factory=InputSpec)
+    output: OutputSpec = field(default_factory=OutputSpec)
+    key: str = "pipeline"
+
+
+@dataclass(frozen=True, slots=True)
+class _PipelineKeys:
+    name: str = option("default", "letters, digits, - and _; part of topics and client ids", example="vibration")
+
+
+@dataclass(frozen=True, slots=True)
+class _TopKeys:
+    schema: Literal[1] = option(doc="the version of this format: 1", example=1)
+    device: str | None = option(
+        None,
+        "name of this device in topics and results; default: host name and the last six of the board's serial",
+        example="press-3",
+    )
+    state_dir: str | None = option(
+        None,
+        "folder for what must outlast a restart; default: $STATE_DIRECTORY, else the XDG state folder",
+        example="/var/lib/edge-serve",
+    )
+    runtime: Literal["auto", "litert", "tflite-runtime"] = option("auto", "which TFLite runtime is used")
+    grace_s: float = option(10.0, "seconds that frames in work get to finish when the service stops", low=0, high=3600)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A configuration in which no mistake was found."""
+
+    path: Path
+    device: str
+    state_dir: Path
+    runtime: str
+    grace_s: float
+    brokers: Mapping[str, MqttBroker]
+    """By name; the one of [mqtt] itself has the name ""."""
+    pipelines: tuple[PipelineConfig, ...]
+
+    def resolve(self, path: str) -> Path:
+        """Give a path of the configuration, relative to its folder."""
+        return self.path.parent / path
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a part may look at when its options are checked: the rest of its pipeline and of the configuration."""
+
+    config: Config
+    pipeline: PipelineConfig
+
+
+class Part(Protocol):
+    """What the loader needs of a source or sink class."""
+
+    Options: type
+
+    @classmethod
+    def check(cls, options: Any, key: str, wiring: Wiring) -> list[Problem]:
+        """Find what is wrong with the options beyond their types."""
+        ...
+
+
+Resolver = Callable[[Literal["sources", "sinks"], str], Part]
+
+
+def load(path: Path, resolver: Resolver) -> Config:
+    """Read a configuration; ConfigError lists every mistake with its key and remedy."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(
+                str(path), [Problem("", f"is {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")]
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            str(path),
+            [
+                Problem(
+                    "", f"cannot be read ({error.strerror})", "`edge-serve config --sample` writes one to begin with"
+                )
+            ],
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [Problem("", f"is not UTF-8 text ({error})")]) from error
+    return parse(text, path, resolver)
+
+
+def parse(text: str, path: Path, resolver: Resolver) -> Config:
+    """Read a configuration's text as if it stood in `path`."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(path), [Problem("", f"is not TOML: {error}")]) from error
+    except RecursionError as error:
+        raise ConfigError(str(path), [Problem("", "is nested too deeply")]) from error
+    problems: list[Problem] = []
+    config = _build(table, path, resolver, problems)
+    if problems or config is None:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list[Problem]) -> Config | None:
+    tables = frozenset({"mqtt", "models", "pipeline"})
+    top = read(_TopKeys, table, "", problems, skip=tables)
+    brokers = _brokers(table.get("mqtt", {}), problems)
+    models = _models(table.get("models", {}), problems)
+    raw = table.get("pipeline", [])
+    raws = raw if isinstance(raw, list) else [raw]
+    if not raws:
+        problems.append(Problem("pipeline", "is missing", "Add a [[pipeline]] table with model, source and sink"))
+    pipelines = []
+    for index, entry in enumerate(raws):
+        key = f"pipeline[{index}]" if isinstance(raw, list) and len(raws) > 1 else "pipeline"
+        pipeline = _pipeline(entry, key, models, resolver, problems)
+        if pipeline is not None:
+            pipelines.append(pipeline)
+    names = [pipeline.name for pipeline in pipelines]
+    problems.extend(
+        Problem(join(pipeline.key, "name"), f"{pipeline.name!r} is taken by another pipeline", "Give each its own name")
+        for position, pipeline in enumerate(pipelines)
+        if pipeline.name in names[:position]
+    )
+    device = top.device if top is not None and top.device is not None else default_device()
+    if not NAME.fullmatch(device):
+        problems.append(
+            Problem("device", f"{device!r} is no name", "Use letters, digits, '.', '-' and '_', at most 64")
+        )
+    config = Config(
+        path=path.absolute(),
+        device=device,
+        state_dir=_state_dir(top, path),
+        runtime=top.runtime if top is not None else "auto",
+        grace_s=top.grace_s if top is not None else 10.0,
+        brokers=brokers,
+        pipelines=tuple(pipelines),
+    )
+    for name, broker in brokers.items():
+        _check_broker(config, name, broker, problems)
+    for pipeline in pipelines:
+        wiring = Wiring(config, pipeline)
+        for kind, part in (("sources", pipeline.source), *(("sinks", sink) for sink in pipeline.sinks)):
+            problems.extend(resolver(kind, part.type).check(part.options, part.key, wiring))  # type: ignore[arg-type]
+        _check_pipeline(config, pipeline, problems)
+    return config
+
+
+def _brokers(table: Any, problems: list[Problem]) -> dict[str, MqttBroker]:
+    if not isinstance(table, Mapping):
+        problems.append(Problem("mqtt", "must be a table", "Write [mqtt] and its keys below it"))
+        return {}
+    named = {name: entry for name, entry in table.items() if isinstance(entry, Mapping)}
+    own = {name: entry for name, entry in table.items() if name not in named}
+    brokers = {}
+    for name, entry, key in [("", own, "mqtt")] * bool(own) + [(n, e, f"mqtt.{n}") for n, e in named.items()]:
+        broker = read(MqttBroker, entry, key, problems)
+        if broker is not None:
+            brokers[name] = broker
+    return brokers
+
+
+def _models(table: Any, problems: list[Problem]) -> dict[str, ModelConfig]:
+    if not isinstance(table, Mapping):
+        problems.append(Problem("models", "must be a table of tables", "Write [models.NAME] and its keys below it"))
+        return {}
+    models = {}
+    for name, entry in table.items():
+        model = read(ModelConfig, entry, f"models.{name}", problems)
+        if model is not None:
+            models[name] = model
+    return models
+
+
+def _pipeline(
+    entry: Any, key: str, models: Mapping[str, ModelConfig], resolver: Resolver, problems: list[Problem]
+) -> PipelineConfig | None:
+    if not isinstance(entry, Mapping):
+        problems.append(Problem(key, "must be a table", "Write [[pipeline]] and its keys below it"))
+        return None
+    before = len(problems)
+    parts = frozenset({"source", "sink", "input", "output"})
+    model_keys = frozenset(ModelConfig.__dataclass_fields__)
+    own = read(_PipelineKeys, entry, key, problems, skip=parts | model_keys)
+    if own is not None and not NAME.fullmatch(own.name):
+        problems.append(
+            Problem(join(key, "name"), f"{own.name!r} is no name", "Use letters, digits, '.', '-' and '_', at most 64")
+        )
+    model = read(ModelConfig, {name: entry[name] for name in entry if name in model_keys}, key, problems)
+    if model is not None and model.model in models:
+        base = models[model.model]
+        said = {name: entry[name] for name in entry if name in model_keys and name != "model"}
+        model = ModelConfig(**{**{n: getattr(base, n) for n in ModelConfig.__dataclass_fields__}, **said})
+    inputs = read(InputSpec, entry.get("input", {}), join(key, "input"), problems)
+    outputs = read(OutputSpec, entry.get("output", {}), join(key, "output"), problems)
+    source = None
+    if "source" not in entry:
+        problems.append(
+            Problem(join(key, "source"), "is missing", f"Add [{key.split('[', maxsplit=1)[0]}.source] with type = …")
+        )
+    else:
+        source = _part("sources", entry["source"], join(key, "source"), resolver, problems)
+    raw_sinks = entry.get("sink", [])
+    if not isinstance(raw_sinks, list):
+        raw_sinks = [raw_sinks]
+    sinks = []
+    for index, raw in enumerate(raw_sinks):
+        sink_key = join(key, f"sink[{index}]" if len(raw_sinks) > 1 else "sink")
+        sinks.append(_part("sinks", raw, sink_key, resolver, problems))
+    if len(problems) > before or own is None or model is None or inputs is None or outputs is None or source is None:
+        return None
+    return PipelineConfig(
+        own.name, model, source, tuple(sink for sink in sinks if sink is not None), inputs, outputs, key
+    )
+
+
+def _part(
+    kind: Literal["sources", "sinks"], table: Any, key: str, resolver: Resolver, problems: list[Problem]
+) -> PartConfig | None:
+    if not isinstance(table, Mapping) or not isinstance(table.get("type"), str):
+        problems.append(Problem(join(key, "type"), "is missing or no text", 'Say which part this is, as type = "mqtt"'))
+        return None
+    try:
+        part = resolver(kind, table["type"])
+    except EdgeServeError as error:
+        problems.append(Problem(join(key, "type"), str(error)))
+        return None
+    options: Any = read(part.Options, {k: v for k, v in table.items() if k != "type"}, key, problems)
+    return None if options is None else PartConfig(table["type"], options, key)
+
+
+def _check_broker(config: Config, name: str, broker: MqttBroker, problems: list[Problem]) -> None:
+    key = f"mqtt.{name}" if name else "mqtt"
+    url, port_wrong = urlsplit(""), True
+    with contextlib.suppress(ValueError):  # what urlsplit cannot read is no address
+        url = urlsplit(broker.url)
+        port_wrong = url.port == 0
+    right = url.path.startswith("/") if url.scheme == "unix" else url.scheme in ("mqtt", "mqtts") and bool(url.hostname)
+    if not right or port_wrong:
+        problems.append(
+            Problem(
+                join(key, "url"),
+                f"{_without_password(broker.url)!r} is no broker's address",
+                "Write mqtt://host:port, mqtts://host:port or unix:///path",
+            )
+        )
+    elif url.username is not None or url.password is not None:
+        problems.append(
+            Problem(
+                join(key, "url"),
+                "holds a user or password",
+                "Use username and password_file; secrets do not belong into this file",
+            )
+        )
+    if url.scheme != "mqtts":
+        problems.extend(
+            Problem(join(key, option_name), "needs TLS", "Use mqtts:// in url, or leave this out")
+            for option_name in ("ca_file", "cert_file", "key_file", "insecure")
+            if getattr(broker, option_name)
+        )
+    if (broker.cert_file is None) != (broker.key_file is None):
+        problems.append(Problem(join(key, "cert_file"), "cert_file and key_file go together", "Give both or neither"))
+    for option_name in ("ca_file", "cert_file", "key_file", "password_file"):
+        value = getattr(broker, option_name)
+        if value is not None and not os.access(config.resolve(value), os.R_OK):
+            problems.append(
+                Problem(
+                    join(key, option_name),
+                    f"{config.resolve(value)} is not there or cannot be read",
+                    "Check path and permissions",
+                )
+            )
+    if broker.username is None and broker.password_file is not None:
+        problems.append(Problem(join(key, "password_file"), "stands without a username", "Add username"))
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//…@", url)
+
+
+def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Problem]) -> None:
+    model = pipeline.model
+    path = config.resolve(model.model)
+    if not path.exists():
+        problems.append(
+            Problem(
+                join(pipeline.key, "model"),
+                f"{path} does not exist",
+                "Give a bundle (`edge-serve convert` makes one), a .tflite file or the name of a [models.NAME]",
+            )
+        )
+    if model.delegate is not None and model.delegate not in DELEGATES:
+        problems.append(
+            Problem(
+                join(pipeline.key, "delegate"), f"unknown delegate {model.delegate!r}", f"Known: {', '.join(DELEGATES)}"
+            )
+        )
+    if pipeline.input.key == "field" and pipeline.input.key_field is None:
+        problems.append(
+            Problem(
+                join(pipeline.key, "input.key_field"), 'is missing, and key = "field" needs it', "Name the JSON field"
+            )
+        )
+    if pipeline.output.labels is not None and pipeline.output.labels_file is not None:
+        problems.append(
+            Problem(join(pipeline.key, "output.labels_file"), "labels are given twice", "Give labels or labels_file")
+        )
+    if pipeline.output.labels_file is not None and not config.resolve(pipeline.output.labels_file).is_file():
+        problems.append(
+            Problem(
+                join(pipeline.key, "output.labels_file"),
+                f"{config.resolve(pipeline.output.labels_file)} does not exist",
+                "Check the path",
+            )
+        )
+
+
+def default_device() -> str:
+    """Name this device: its host name, and the last six of the board's serial, because cloned cards share host names."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().split(".", 1)[0])[:48].lstrip("._-") or "device"
+    for file in SERIAL_FILES:
+        try:
+            serial = re.sub(r"[^A-Za-z0-9]", "", Path(file).read_text(encoding="ascii", errors="ignore"))
+        except OSError:
+            continue
+        if serial:
+            return f"{host}-{serial[-6:].lower()}"
+    return host
+
+
+def _state_dir(top: _TopKeys | None, path: Path) -> Path:
+    if top is not None and top.state_dir is not None:
+        return path.parent / top.state_dir
+    for variable, below in (("STATE_DIRECTORY", ""), ("XDG_STATE_HOME", "edge-serve")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable].split(":", 1)[0]) / below
+    return Path("~/.local/state/edge-serve").expanduser()
+
+
+def password_of(config: Config, name: str) -> str | None:
+    """Give a broker's password from its file, a systemd credential or the environment; None if there is none.
+
+    UnavailableError is left to the connection: a file that cannot be read raises OSError here.
+    """
+    broker = config.brokers[name]
+    if broker.password_file is not None:
+        return config.resolve(broker.password_file).read_text(encoding="utf-8").rstrip("\r\n")
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    credential = Path(folder, PASSWORD_CREDENTIAL + (f"-{name}" if name else "")) if folder else None
+    if credential is not None and credential.is_file():
+        return credential.read_text(encoding="utf-8").rstrip("\r\n")
+    return os.environ.get(PASSWORD_VARIABLE + (f"_{name.upper().replace('-', '_')}" if name else ""))

@@ -1,0 +1,180 @@
+"""What travels: a Frame comes in, a Result goes out, a Delivery carries the duty to settle the frame."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.generic]
+
+# A clock before this date was never set: small boards without a battery start in 1970 or at the image's build date.
+CLOCK_PLAUSIBLE_AFTER = datetime(2026, 1, 1, tzinfo=timezone.utc).timestamp()
+
+
+def format_time(seconds: float) -> str:
+    """Give UTC seconds since the epoch as RFC 3339 text with microseconds and a Z."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def parse_time(text: str) -> float:
+    """Read RFC 3339 text (an offset or Z is required) as UTC seconds since the epoch; ValueError if it is not that."""
+    moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
+    if moment.tzinfo is None:
+        raise ValueError(f"time without a zone: {text!r}")
+    return moment.timestamp()
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """When an input was captured: UTC seconds, the monotonic twin that latency is measured with, and who said so."""
+
+    utc: float
+    monotonic: float
+    by: Literal["producer", "arrival"] = "arrival"
+
+    @classmethod
+    def now(cls) -> Capture:
+        """Take this moment as the moment of capture."""
+        return cls(time.time(), time.monotonic())
+
+    @classmethod
+    def at(cls, utc: float) -> Capture:
+        """Take the producer's time; its monotonic twin is placed by this machine's clock, never in the future."""
+        age = max(0.0, time.time() - utc)
+        return cls(utc, time.monotonic() - age, "producer")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One input as it arrived. `payload` is never copied without need; `meta` holds what only some sources know.
+
+    Keys of `meta` in use: "topic" (MQTT), "key" (the window's key, where the source knows it).
+    """
+
+    id: str
+    source: str
+    captured: Capture
+    content_type: str | None
+    payload: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
+    """Set where the source already knows that this input cannot be used (for example: over its size limit)."""
+
+
+Settle = Callable[["Exception | None"], None]
+Reply = Callable[["Sequence[Result]"], None]
+
+
+@dataclass(slots=True)
+class Delivery:
+    """A frame and two duties: `settle` is called exactly once; `reply`, where there is one, answers the requester.
+
+    `settle(None)` says that the input is safe (its result is upstream); `settle(error)` says that it is not, and leaves
+    a source that can redeliver free to do so. `reply` is called at most once, as soon as the frame is processed, with
+    all results that it led to (none for a sample that completed no window). Both may be called from any thread.
+    """
+
+    frame: Frame
+    settle: Settle
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model made a result."""
+
+    name: str
+    version: int | None
+    variant: str
+    delegate: str
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResultError:
+    """Why an input has no result: a code of the closed list in the README, and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The span that a window's result speaks of: UTC seconds of its first and last sample, and their number."""
+
+    start: float
+    end: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a pipeline says of one frame (or window); every sink renders it in its own way.
+
+    `outputs` are the model's output tensors by name, as the interpreter gave them; `decoded` is the JSON-ready body of
+    `type`. Where `error` is set, both are empty.
+    """
+
+    frame_id: str
+    device: str
+    pipeline: str
+    source: str
+    captured: Capture
+    model: ModelInfo
+    type: str
+    decoded: Mapping[str, Any] | None
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds per stage: wait, process, invoke, decode."""
+    key: str | None = None
+    window: Window | None = None
+    error: ResultError | None = None
+
+    def to_json(self) -> bytes:
+        """Give the document as UTF-8 JSON without white space."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the result's JSON document, version 1 (README, Results)."""
+        now_utc = time.time()
+        synced = now_utc >= CLOCK_PLAUSIBLE_AFTER
+        document: dict[str, Any] = {
+            "v": 1,
+            "id": self.frame_id,
+            "device": self.device,
+            "pipeline": self.pipeline,
+            "source": self.source,
+            "key": self.key,
+            "captured_at": format_time(self.captured.utc),
+            "captured_by": self.captured.by,
+            "clock": "ok" if synced else "unsynced",
+            "age_ms": round((time.monotonic() - self.captured.monotonic) * 1e3, 3),
+            "model": {
+                "name": self.model.name,
+                "version": self.model.version,
+                "variant": self.model.variant,
+                "delegate": self.model.delegate,
+                "signature": self.model.signature,
+            },
+            "timings_ms": {stage: round(value, 3) for stage, value in self.timings.items()},
+        }
+        if self.window is not None:
+            document["window"] = {
+                "from": format_time(self.window.start),
+                "to": format_time(self.window.end),
+                "samples": self.window.samples,
+            }
+        document["type"] = self.type
+        if self.error is not None:
+            document["error"] = {"code": self.error.code, "message": self.error.message}
+        else:
+            document["result"] = self.decoded
+        return document

@@ -1,0 +1,78 @@
+"""Counters of a pipeline: what came in, went out, failed and was dropped, and how old results were."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from typing import Any
+
+# Ages of this many latest results give the percentiles.
+AGES_KEPT = 1024
+
+
+class Counters:
+    """Counts of one pipeline; every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in = 0
+        self._out = 0
+        self._errors: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._early = 0
+        self._retries = 0
+        self._ages: deque[float] = deque(maxlen=AGES_KEPT)
+
+    def came_in(self) -> None:
+        """Count a frame that a source gave."""
+        with self._lock:
+            self._in += 1
+
+    def went_out(self, age_ms: float) -> None:
+        """Count a result that all sinks have, and its age at that moment."""
+        with self._lock:
+            self._out += 1
+            self._ages.append(age_ms)
+
+    def failed(self, code: str) -> None:
+        """Count an error result by its code."""
+        with self._lock:
+            self._errors[code] += 1
+
+    def dropped(self, reason: str, number: int = 1) -> None:
+        """Count what was let go without a result."""
+        if number:
+            with self._lock:
+                self._dropped[reason] += number
+
+    def early_settled(self) -> None:
+        """Count a sample that was settled before its window was complete."""
+        with self._lock:
+            self._early += 1
+
+    def retried(self) -> None:
+        """Count a result that a sink has to send again."""
+        with self._lock:
+            self._retries += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Give all counts and the ages' percentiles, JSON-ready."""
+        with self._lock:
+            ages = sorted(self._ages)
+            return {
+                "in": self._in,
+                "out": self._out,
+                "errors": dict(self._errors),
+                "dropped": dict(self._dropped),
+                "settled_early": self._early,
+                "retried": self._retries,
+                "age_ms": {"p50": percentile(ages, 50), "p99": percentile(ages, 99)},
+            }
+
+
+def percentile(ordered: list[float], percent: float) -> float | None:
+    """Give the nearest-rank percentile of ascending values, rounded to microseconds; None if there are none."""
+    if not ordered:
+        return None
+    rank = max(0, min(len(ordered) - 1, round(percent / 100 * len(ordered) + 0.5) - 1))
+    return round(ordered[rank], 3)

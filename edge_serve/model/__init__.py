@@ -1,0 +1,1 @@
+"""Models: which runtime, which delegate, which version, and one interpreter per thread."""

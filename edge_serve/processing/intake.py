@@ -1,0 +1,154 @@
+"""Intake: a delivery becomes jobs for the interpreter, with the duty to settle handed on.
+
+One payload is one job (pictures, tensors), or a sample that completes a window now and then (window.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from edge_serve.bundle import TensorSpec
+from edge_serve.errors import InputError
+from edge_serve.frame import Capture, Delivery, Frame, Settle, Window, parse_time
+from edge_serve.processing import tensor as tensors
+from edge_serve.spec import InputSpec
+
+if TYPE_CHECKING:
+    from edge_serve.frame import Array
+    from edge_serve.processing.image import Geometry, ImageProcessor
+
+# Ids come from outside and go into every result; longer ones are cut off from the start.
+MAX_ID_LENGTH = 256
+
+
+@dataclass(slots=True)
+class Job:
+    """One run of the model: its inputs, and what its result has to say and to settle."""
+
+    frame: Frame
+    inputs: Mapping[str, Array]
+    settle: Settle
+    geometry: Geometry | None = None
+    window: Window | None = None
+    key: str | None = None
+
+
+class Intake(Protocol):
+    """What turns deliveries into jobs. `feed` raises InputError before it takes over the delivery, never after."""
+
+    def feed(self, delivery: Delivery) -> list[Job]:
+        """Take a delivery; whoever gets the jobs settles them, the intake settles what is in none."""
+        ...
+
+    def tick(self, now: float) -> None:
+        """Do what time demands; `now` is monotonic seconds."""
+        ...
+
+    def close(self, error: Exception | None) -> None:
+        """Let go of everything that is still held and settle it with `error`."""
+        ...
+
+
+class SingleIntake:
+    """One payload, one job: pictures and tensors."""
+
+    def __init__(self, spec: InputSpec, inputs: Mapping[str, TensorSpec]) -> None:
+        self._spec = spec
+        self._tensors = tensors.TensorDecoder(inputs)
+        self._image: ImageProcessor | None = None
+        self._image_input = ""
+        if spec.kind == "image":
+            from edge_serve.processing.image import ImageProcessor  # Pillow only where there are pictures
+
+            self._image_input, tensor = next(iter(inputs.items()))
+            if len(inputs) != 1:
+                raise InputError(f"kind = image takes a model with one input; this one has {', '.join(inputs)}")
+            self._image = ImageProcessor(spec, tensor)
+
+    def feed(self, delivery: Delivery) -> list[Job]:
+        """Decode the payload; InputError if it is not what the pipeline takes."""
+        frame, inputs, geometry = self.decode(delivery.frame)
+        return [Job(frame, inputs, delivery.settle, geometry)]
+
+    def decode(self, frame: Frame) -> tuple[Frame, dict[str, Array], Geometry | None]:
+        """Give the frame (with the id and time that its payload may say), the model's inputs and the picture's geometry."""
+        payload = frame.payload
+        if isinstance(payload, np.ndarray):
+            if self._image is not None and payload.dtype == np.uint8 and not self._is_input(payload):
+                return frame, *self._pixels(payload)
+            return frame, self._tensors.from_array(payload), None
+        kind = tensors.content_type(payload, frame.content_type, self._spec.content_type)
+        if kind in (tensors.JPEG, tensors.PNG):
+            if self._image is None:
+                raise InputError(
+                    f"{kind} does not fit this pipeline: its model takes tensors ({self._tensors.describe()})"
+                )
+            array, geometry = self._image.decode(payload)
+            return frame, {self._image_input: array}, geometry
+        if kind == tensors.JSON:
+            document = tensors.parse_json(payload)
+            frame = labelled(frame, document, self._spec)
+            return frame, self._tensors.from_json(document), None
+        if kind == tensors.NPY and self._image is not None:
+            return self.decode(dataclasses.replace(frame, payload=tensors.read_npy(payload)))
+        try:
+            return frame, self._tensors.decode(payload, kind), None
+        except InputError as error:
+            if self._image is None or kind != tensors.OCTETS:
+                raise
+            raise InputError(f"payload is no JPEG or PNG image, and no raw tensor either: {error}") from error
+
+    def _is_input(self, array: Array) -> bool:
+        spec = self._tensors.inputs[self._image_input]
+        return spec.dtype == "uint8" and array.shape == spec.shape
+
+    def _pixels(self, array: Array) -> tuple[dict[str, Array], Geometry]:
+        assert self._image is not None
+        pixels, geometry = self._image.from_pixels(array)
+        return {self._image_input: pixels}, geometry
+
+    def tick(self, now: float) -> None:
+        """Nothing waits here."""
+
+    def close(self, error: Exception | None) -> None:
+        """Nothing is held here."""
+
+
+def labelled(frame: Frame, document: Any, spec: InputSpec) -> Frame:
+    """Give the frame the id and the time of capture that a JSON document says, where the configuration names the fields."""
+    if not isinstance(document, Mapping):
+        return frame
+    if spec.id_field is not None and spec.id_field in document:
+        value = document[spec.id_field]
+        if not isinstance(value, (str, int)) or isinstance(value, bool) or len(str(value)) > MAX_ID_LENGTH:
+            raise InputError(
+                f"{spec.id_field!r} (the frame's id) must be text or a whole number of at most {MAX_ID_LENGTH} characters"
+            )
+        frame = dataclasses.replace(frame, id=str(value))
+    if spec.time_field is not None and spec.time_field in document:
+        frame = dataclasses.replace(frame, captured=Capture.at(read_time(document[spec.time_field], spec.time_field)))
+    return frame
+
+
+def read_time(value: Any, name: str) -> float:
+    """Read a time of capture, RFC 3339 text or seconds since 1970; InputError if it is neither."""
+    if isinstance(value, str):
+        try:
+            return parse_time(value)
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{name!r} is no RFC 3339 time with a zone: {value[:40]!r}") from error
+    # Until the year 9999: what datetime can write.
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 <= value < 253402300800
+    ):
+        return float(value)
+    raise InputError(f"{name!r} must be RFC 3339 text or seconds since 1970")

@@ -1,0 +1,83 @@
+"""What a model's inputs and outputs mean, in the end: the manifest, what the configuration says over it, the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_serve.bundle import TensorSpec, read_labels
+from edge_serve.errors import BundleError, ModelError
+from edge_serve.frame import ModelInfo
+from edge_serve.health import Counters
+from edge_serve.model.engine import Engine
+from edge_serve.model.repository import ModelVersion
+from edge_serve.processing.decode import make_decoder
+from edge_serve.processing.intake import Intake, SingleIntake
+from edge_serve.schema import merge
+from edge_serve.spec import InputSpec, OutputSpec
+
+if TYPE_CHECKING:
+    from edge_serve.processing.decode import Decoder
+
+# Smaller "pictures" are rather matrices of something else.
+SMALLEST_IMAGE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """The settled specifications of one model in one pipeline."""
+
+    input: InputSpec
+    output: OutputSpec
+    labels: tuple[str, ...] | None
+
+    def decoder(self, engine: Engine) -> Decoder:
+        """Make the function from output tensors to the result's body."""
+        return make_decoder(self.output, engine.outputs, self.labels, engine.detection_outputs)
+
+    def intake(self, engine: Engine, counters: Counters, hold_limit: int | None) -> Intake:
+        """Make what turns deliveries into jobs."""
+        if self.input.kind == "window":
+            from edge_serve.processing.window import WindowIntake  # csv and more, only where there are windows
+
+            return WindowIntake(self.input, engine.inputs, counters, hold_limit)
+        return SingleIntake(self.input, engine.inputs)
+
+
+def settle(
+    version: ModelVersion, engine: Engine, over_input: InputSpec, over_output: OutputSpec, folder: Path
+) -> Meaning:
+    """Lay the configuration's words over the manifest's, and let the tensors say the rest.
+
+    `folder` is what a labels_file is relative to. ModelError or BundleError if it does not fit together.
+    """
+    inputs = merge(version.input, over_input)
+    outputs = merge(version.output, over_output)
+    labels = version.labels
+    if over_output.labels is not None:
+        labels = over_output.labels
+    elif over_output.labels_file is not None:
+        try:
+            labels = read_labels(folder / over_output.labels_file)
+        except BundleError as error:
+            raise ModelError(str(error)) from error
+    if inputs.kind is None:
+        inputs = replace(inputs, kind="image" if _looks_like_an_image(engine.inputs) else "tensor")
+    if outputs.type is None:
+        kind = "detection" if engine.detection_outputs else "classification" if labels is not None else "tensor"
+        outputs = replace(outputs, type=kind)  # type: ignore[arg-type]  # one of the three
+    return Meaning(inputs, outputs, labels)
+
+
+def _looks_like_an_image(inputs: Mapping[str, TensorSpec]) -> bool:
+    if len(inputs) != 1:
+        return False
+    shape = next(iter(inputs.values())).shape
+    return len(shape) == 4 and shape[3] in (1, 3) and min(shape[1:3]) >= SMALLEST_IMAGE
+
+
+def model_info(version: ModelVersion, engine: Engine) -> ModelInfo:
+    """Say which model a result is of."""
+    return ModelInfo(version.name, version.version, version.variant, engine.delegate, engine.signature)
