@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -18,6 +19,7 @@ from edge_serve.config import load as load_config
 from edge_serve.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, ConfigError, Problem, UsageError
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
+from edge_serve.model import threads
 from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import Runtime, load_runtime
 from edge_serve.model.repository import ModelVersion, find
@@ -55,13 +57,12 @@ def open_engine(
 ) -> tuple[Engine, Meaning]:
     """Load a pipeline's model and settle what its tensors mean."""
     model = pipeline.model
-    engine = Engine.open(
-        version.file,
-        runtime=runtime,
-        delegate=model.delegate or "auto",
-        threads=model.threads or 0,
-        signature=model.signature,
-    )
+    delegate = model.delegate or "auto"
+    measured = threads.key(version.file, runtime, delegate, model.signature)
+    known = model.threads or threads.recall(config.state_dir, measured)
+    engine = Engine.open(version.file, runtime=runtime, delegate=delegate, threads=known, signature=model.signature)
+    if not known:
+        threads.remember(config.state_dir, measured, engine.threads)
     return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
 
 
@@ -139,11 +140,11 @@ def build(config: Config, pipeline: PipelineConfig, runtime: Runtime, fatal: Cal
         )
     except UsageError as error:
         raise ConfigError(str(config.path), [Problem(pipeline.key, f"pipeline {pipeline.name!r}: {error}")]) from error
-    threads = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
+    cores = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
     number = f" version {info.version}" if info.version is not None else ""
     summary = (
         f"model {info.name}{number} ({info.variant}) on {info.delegate} "
-        f"({engine.claims.taken} of {engine.claims.total} operators), {threads}, {runtime.name}"
+        f"({engine.claims.taken} of {engine.claims.total} operators), {cores}, {runtime.name}"
     )
     return Line(
         pipeline.name,
@@ -185,6 +186,8 @@ class App:
         Gives the exit code. Raises UsageError if a model cannot be used; nothing is started then.
         """
         begun = time.monotonic()
+        # Starting makes many objects and no garbage worth looking for.
+        gc.disable()
         runtime = load_runtime(self.config.runtime)
         self.lines = [build(self.config, pipeline, runtime, self._fatal) for pipeline in self.config.pipelines]
         for line in self.lines:
@@ -201,6 +204,12 @@ class App:
         log.info(
             "started in %.2f s: %d pipeline%s", time.monotonic() - begun, len(self.lines), "s"[: len(self.lines) != 1]
         )
+        for line in self.lines:
+            line.pipeline.warm()
+        # What the start has made stays; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.enable()
         while not self._wake.wait(POLL_S):
             if all(line.pipeline.join(0) for line in self.lines):
                 break

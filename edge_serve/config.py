@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -434,7 +433,7 @@ def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Pro
 
 def default_device() -> str:
     """Name this device: its host name, and the last six of the board's serial, because cloned cards share host names."""
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().split(".", 1)[0])[:48].lstrip("._-") or "device"
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", os.uname().nodename.split(".", 1)[0])[:48].lstrip("._-") or "device"
     for file in SERIAL_FILES:
         try:
             serial = re.sub(r"[^A-Za-z0-9]", "", Path(file).read_text(encoding="ascii", errors="ignore"))

@@ -58,6 +58,10 @@ class Pipeline:
         """Start the worker."""
         self._thread.start()
 
+    def warm(self) -> None:
+        """Pay what only the first frame would cost otherwise; may run beside the worker."""
+        self._intake.warm()
+
     def join(self, timeout: float | None) -> bool:
         """Wait until the mailbox has ended and is worked off; False if `timeout` seconds were not enough."""
         self._thread.join(timeout)

@@ -31,6 +31,8 @@ max_payload_size = 16777216
 max_inflight_count = 100
 dynamic_filters = true
 """
+# What rumqttd sends a client ahead, at most, whatever that asks for.
+IN_FLIGHT = 100
 START_TIMEOUT_S = 20.0
 
 

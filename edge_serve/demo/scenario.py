@@ -16,12 +16,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from edge_serve.commands.send import Client
 from edge_serve.demo import data
+from edge_serve.demo.broker import IN_FLIGHT
 from edge_serve.errors import UnavailableError
 from edge_serve.health import percentile
 
 if TYPE_CHECKING:
     from edge_serve.demo.broker import EmbeddedBroker
     from edge_serve.frame import Array
+    from edge_serve.mqtt import Connection, Message
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -117,12 +119,12 @@ def run(models: Path, reference: Path | None, folder: Path, broker: EmbeddedBrok
         outcomes = []
         if broker is not None:
             say(f"sending 40 recordings, sample by sample, to {broker.url}")
-            outcomes.append(_motion_over_mqtt(broker, reference))
+            outcomes.append(_motion_over_mqtt(config, reference))
         else:
             say("sending 40 recordings, sample by sample, to the Unix socket")
             outcomes.append(_motion_over_socket(folder, reference))
         say("sending 500 pictures to the Unix socket")
-        outcomes.append(_digits_over_socket(folder, reference, broker))
+        outcomes.append(_digits_over_socket(folder, reference, config if broker is not None else None))
     for outcome in outcomes:
         outcome.judge()
     return outcomes
@@ -133,7 +135,8 @@ def _write_config(models: Path, folder: Path, broker: EmbeddedBroker | None) -> 
     text += MQTT_CONFIG.format(url=broker.url) if broker is not None else ""
     text += MOTION_CONFIG.format(models=models)
     if broker is not None:
-        text += '[pipeline.source]\ntype = "mqtt"\ntopic = "demo/motion/+"\n' + MQTT_SINK
+        text += '[pipeline.source]\ntype = "mqtt"\ntopic = "demo/motion/+"\n'
+        text += f"receive_maximum = {IN_FLIGHT}  # this broker's own limit\n" + MQTT_SINK
     else:
         text += f'[pipeline.source]\ntype = "socket"\nlisten = "unix://{folder}/motion.sock"\n'
     text += DIGITS_CONFIG.format(models=models, folder=folder) + (MQTT_SINK if broker is not None else "")
@@ -203,26 +206,28 @@ def _samples(recording: Array) -> list[bytes]:
     return [json.dumps([round(float(value), 6) for value in sample]).encode() for sample in recording]
 
 
-def _motion_over_mqtt(broker: EmbeddedBroker, reference: Path | None) -> Outcome:
+def _motion_over_mqtt(config: Path, reference: Path | None) -> Outcome:
     """Publish every sample as a message of its own; a window's latency runs from its last sample to its result."""
     motion = data.motion()
     outcome = _outcome(
         "motion", "MQTT", motion.series.shape[0] * motion.series.shape[1], motion.window_labels, reference
     )
     per_series = len(outcome.labels) // len(motion.series)
-    with _subscriber(broker, f"edge-serve/{DEVICE}/motion/result") as (client, results):
+    with _subscriber(config, f"edge-serve/{DEVICE}/motion/result") as (connection, results):
         for number, recording in enumerate(motion.series):
-            topic, published = f"demo/motion/{number}", {}
-            for position, sample in enumerate(_samples(recording)):
-                published[position] = time.perf_counter()
-                client.publish(topic, sample, qos=1)
-            for window in range(per_series):
+            topic = f"demo/motion/{number}"
+            windows = 0
+            for position, sample in enumerate(_samples(recording), 1):
+                published = time.perf_counter()
+                connection.publish(topic, sample, 1)
+                if position < data.LENGTH or (position - data.LENGTH) % data.HOP:
+                    continue
                 payload, arrived = _next(results, outcome)
                 if payload is None:
                     return outcome
                 document = json.loads(payload)
-                last = data.LENGTH + window * data.HOP - 1
-                _take(outcome, number * per_series + window, document, (arrived - published[last]) * 1e3)
+                _take(outcome, number * per_series + windows, document, (arrived - published) * 1e3)
+                windows += 1
                 if document["key"] != topic:
                     outcome.problems.append(f"a result of {document['key']} came in the place of one of {topic}")
     return outcome
@@ -237,30 +242,24 @@ def _next(results: queue.SimpleQueue[tuple[bytes, float]], outcome: Outcome) -> 
 
 
 @contextmanager
-def _subscriber(broker: EmbeddedBroker, topic: str) -> Iterator[tuple[Any, queue.SimpleQueue[tuple[bytes, float]]]]:
-    """Give a connected client that has subscribed to a topic, and the queue of what arrives there."""
-    import paho.mqtt.client as paho
-    from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+def _subscriber(config: Path, topic: str) -> Iterator[tuple[Connection, queue.SimpleQueue[tuple[bytes, float]]]]:
+    """Give a connection that has subscribed to a topic, and the queue of what arrives there."""
+    from edge_serve.app import load
+    from edge_serve.mqtt import Connection
 
     results: queue.SimpleQueue[tuple[bytes, float]] = queue.SimpleQueue()
-    subscribed = threading.Event()
-    client = paho.Client(CallbackAPIVersion.VERSION2, client_id="demo-user", protocol=MQTTProtocolVersion.MQTTv5)
 
-    def on_connect(*_: Any) -> None:
-        client.subscribe(topic, qos=1)
+    def arrived(message: Message) -> None:
+        results.put((message.payload, time.perf_counter()))
+        connection.acknowledge(message.packet_id)
 
-    client.on_connect = on_connect
-    client.on_subscribe = lambda *_: subscribed.set()
-    client.on_message = lambda _client, _data, message: results.put((bytes(message.payload), time.perf_counter()))
-    client.connect("127.0.0.1", broker.port)
-    client.loop_start()
+    connection = Connection(load(config), "", "demo-user", clean=True, on_message=arrived)
+    connection.open()
     try:
-        if not subscribed.wait(RESULT_TIMEOUT_S):
-            raise UnavailableError(f"the embedded broker at {broker.url} does not answer")
-        yield client, results
+        connection.subscribe([topic], 1, retained=False)
+        yield connection, results
     finally:
-        client.disconnect()
-        client.loop_stop()
+        connection.close()
 
 
 def _motion_over_socket(folder: Path, reference: Path | None) -> Outcome:
@@ -283,14 +282,14 @@ def _motion_over_socket(folder: Path, reference: Path | None) -> Outcome:
     return outcome
 
 
-def _digits_over_socket(folder: Path, reference: Path | None, broker: EmbeddedBroker | None) -> Outcome:
+def _digits_over_socket(folder: Path, reference: Path | None, config: Path | None) -> Outcome:
     """Send picture after picture; where there is a broker, each result has to arrive there, too."""
     digits = data.digits()
     outcome = _outcome("digits", "Unix socket", len(digits.labels), digits.labels, reference)
-    if broker is None:
+    if config is None:
         _send_digits(folder, digits, outcome)
         return outcome
-    with _subscriber(broker, f"edge-serve/{DEVICE}/digits/result") as (_, results):
+    with _subscriber(config, f"edge-serve/{DEVICE}/digits/result") as (_, results):
         _send_digits(folder, digits, outcome)
         upstream: set[str] = set()
         while len(upstream) < outcome.expected:

@@ -44,6 +44,12 @@ class Runtime:
 
         return version(self.module.replace("_", "-"))
 
+    @property
+    def installed(self) -> int:
+        """Give a number that changes when another version of the runtime is installed (cheaper than the version)."""
+        file = sys.modules[f"{self.module}.interpreter"].__file__
+        return int(Path(file).stat().st_mtime) if file else 0
+
     def open(self, path: Path, *, threads: int, xnnpack: bool, delegates: Sequence[Any] = ()) -> Any:
         """Open a .tflite file (mapped, not copied) and allocate its tensors; ModelError says why it cannot be used."""
         check_file(path)

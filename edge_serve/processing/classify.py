@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import ModelError
+from edge_serve.errors import InputError, ModelError
 from edge_serve.processing.tensor import dequantize
 from edge_serve.spec import OutputSpec
 
@@ -50,6 +50,8 @@ def make_classifier(
 
     def classify(tensors: Mapping[str, Array]) -> dict[str, Any]:
         scores = _activate(dequantize(tensors[name], tensor).reshape(-1), activation)
+        if classes not in (-1, scores.size):
+            raise InputError(f"a batch of {scores.size // classes} inputs; classification takes one at a time")
         ranked = np.argsort(-scores, kind="stable")[:top_k]
         found = []
         for index in ranked.tolist():
@@ -64,11 +66,13 @@ def make_classifier(
 
 
 def _activate(scores: Array, activation: str) -> Any:
-    if activation == "none":
-        return scores
+    # Whole numbers, too: an unsigned one has no negative to be ranked by.
     wide = scores.astype(np.float64)
+    if activation == "none":
+        return wide
     if activation == "sigmoid":
         # The form that overflows on neither side.
         return np.where(wide >= 0, 1 / (1 + np.exp(-np.abs(wide))), 1 - 1 / (1 + np.exp(-np.abs(wide))))
-    powers = np.exp(wide - wide.max())
-    return powers / powers.sum()
+    with np.errstate(invalid="ignore"):  # infinite logits become NaN, and null
+        powers = np.exp(wide - wide.max())
+        return powers / powers.sum()

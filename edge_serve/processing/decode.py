@@ -51,13 +51,11 @@ def render_tensors(tensors: Mapping[str, Array], outputs: Mapping[str, TensorSpe
     rendered = {}
     for name, raw in tensors.items():
         values = dequantize(raw, outputs[name])
-        data: Any = values.tolist()
-        if values.dtype.kind == "f":
-            # float32 printed as float64 shows digits that the tensor never had.
-            shortest = values.astype(np.float64) if values.dtype.itemsize >= 8 else _shorten(values)
-            data = shortest.tolist()
-            if not np.isfinite(values).all():
-                data = _null_non_finite(data)
+        # float32 printed as float64 shows digits that the tensor never had.
+        short = values.dtype.kind == "f" and values.dtype.itemsize < 8
+        data: Any = _shorten(values).tolist() if short else values.tolist()
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            data = _null_non_finite(data)
         rendered[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": data}
     return {"tensors": rendered}
 

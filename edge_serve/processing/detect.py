@@ -64,7 +64,7 @@ def make_detector(
         count = min(len(boxes), len(classes), len(scores))
         if "count" in real:
             stated = float(real["count"].reshape(-1)[0])
-            count = max(0, min(count, int(stated))) if math.isfinite(stated) else 0
+            count = max(0, min(count, round(stated))) if math.isfinite(stated) else 0
         objects: list[dict[str, Any]] = []
         for position in sorted(range(count), key=lambda at: -float(scores[at])):
             score = float(scores[position])
@@ -73,7 +73,7 @@ def make_detector(
             y0, x0, y1, x1 = (float(value) for value in boxes[position])
             if not all(map(math.isfinite, (y0, x0, y1, x1, float(classes[position])))):
                 continue
-            index = int(classes[position])
+            index = round(float(classes[position]))  # dequantized, a whole number may fall short of itself
             label = labels[index] if labels is not None and 0 <= index < len(labels) else None
             objects.append(
                 {"index": index, "label": label, "score": finite(score), "box": geometry.box(x0, y0, x1, y1)}

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from edge_serve.bundle import TensorSpec
 from edge_serve.errors import InputError, ModelError, TooLargeError
@@ -19,15 +19,38 @@ from edge_serve.processing.tensor import quantize
 from edge_serve.spec import InputSpec
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from edge_serve.frame import Array
 
 DEFAULT_MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG")
 # The gray of a padded border, as detectors are usually trained with.
 PAD_VALUE = 114
+# Exif 2.32, 4.6.5: the tag, how each of its values is turned upright (names of PIL.Image.Transpose), and those that swap
+# width and height.
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+SIDEWAYS = (5, 6, 7, 8)
 
-# Our own limit is checked before anything is decoded; Pillow's would warn once at a size of its choosing.
-Image.MAX_IMAGE_PIXELS = None
+
+@cache
+def pillow() -> Any:
+    """Import Pillow and its decoders: the module PIL.Image. It takes a while, which the start of a service need not wait for."""
+    from PIL import Image
+
+    # Our own limit is checked before anything is decoded; Pillow's would warn once at a size of its choosing.
+    Image.MAX_IMAGE_PIXELS = None
+    Image.preinit()
+    return Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +92,31 @@ class ImageProcessor:
         self.resize = spec.resize or "stretch"
         self.max_pixels = spec.max_pixels or DEFAULT_MAX_PIXELS
         self._mode = "L" if self.color == "gray" else "RGB"
-        # Pillow imports its decoders at the first picture; the first frame shall not pay for that.
-        Image.preinit()
         self._tables = _look_up_tables(spec, tensor, self.channels)
 
     def decode(self, payload: bytes | bytearray | memoryview) -> tuple[Array, Geometry]:
         """Decode JPEG or PNG bytes into the tensor; InputError if they are no picture, TooLargeError if it is too big."""
         try:
-            picture: Image.Image = Image.open(io.BytesIO(payload), formats=FORMATS)
+            picture: Image.Image = pillow().open(io.BytesIO(payload), formats=FORMATS)
         except Exception as error:  # Pillow's parsers raise whatever hostile bytes lead them to
             raise InputError(f"payload is not a JPEG or PNG image ({_reason(error)})") from error
         width, height = picture.size
         if width * height > self.max_pixels:
             raise TooLargeError(f"image of {width}×{height} pixels is over the limit of {self.max_pixels} (max_pixels)")
         try:
-            if picture.format == "JPEG":
-                # Let the decoder itself shrink by 2, 4 or 8: most of a large photo need never be computed.
-                picture.draft(self._mode, self._decode_size(width, height))
+            sideways = _orientation(picture) in SIDEWAYS
+            # Let a JPEG's decoder itself shrink by 2, 4 or 8: most of a large photo need never be computed.
+            size = self._decode_size(height, width)[::-1] if sideways else self._decode_size(width, height)
+            picture.draft(self._mode, size)
             picture.load()
-            upright = ImageOps.exif_transpose(picture) if "exif" in picture.info else picture
+            orientation = _orientation(picture)  # PNG may say it behind the pixels
+            if orientation in UPRIGHT:
+                picture = picture.transpose(pillow().Transpose[UPRIGHT[orientation]])
         except Exception as error:  # as above: a damaged body
             raise InputError(f"image is damaged ({_reason(error)})") from error
-        if upright is not picture and (upright.width > upright.height) != (picture.width > picture.height):
+        if orientation in SIDEWAYS:
             width, height = height, width
-        return self._tensor(upright, width, height)
+        return self._tensor(picture, width, height)
 
     def from_pixels(self, array: Array) -> tuple[Array, Geometry]:
         """Take uint8 pixels [H, W], [H, W, C] or [1, H, W, C]; colours in RGB order."""
@@ -111,7 +135,7 @@ class ImageProcessor:
             raise TooLargeError(
                 f"image of {pixels.shape[1]}×{pixels.shape[0]} pixels is over the limit of {self.max_pixels} (max_pixels)"
             )
-        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        picture = pillow().fromarray(np.ascontiguousarray(pixels))
         return self._tensor(picture, picture.width, picture.height)
 
     def _decode_size(self, width: int, height: int) -> tuple[int, int]:
@@ -124,8 +148,10 @@ class ImageProcessor:
     def _tensor(self, picture: Image.Image, width: int, height: int) -> tuple[Array, Geometry]:
         if picture.mode.startswith("I;16") or picture.mode == "I":
             # Pillow would clip 16-bit gray at 255 instead of scaling it.
-            picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
+            picture = pillow().fromarray((np.asarray(picture).astype(np.uint32) >> 8).astype(np.uint8))
         if picture.mode != self._mode:
+            # Transparency plays no part, and Pillow would warn of palettes with it.
+            picture.info.pop("transparency", None)
             picture = picture.convert(self._mode)
         fitted, geometry = self._fit(picture, width, height)
         pixels = np.asarray(fitted)
@@ -135,16 +161,17 @@ class ImageProcessor:
 
     def _fit(self, picture: Image.Image, width: int, height: int) -> tuple[Image.Image, Geometry]:
         target = (self.width, self.height)
+        bilinear = pillow().Resampling.BILINEAR
         if self.resize == "stretch":
-            resized = picture if picture.size == target else picture.resize(target, Image.Resampling.BILINEAR)
+            resized = picture if picture.size == target else picture.resize(target, bilinear)
             return resized, Geometry(width, height, width, height, 0.0, 0.0)
         pick = min if self.resize == "fit" else max
         ratio = pick(self.width / width, self.height / height)
         if self.resize == "fit":
             inner = (max(1, round(width * ratio)), max(1, round(height * ratio)))
             left, top = (self.width - inner[0]) // 2, (self.height - inner[1]) // 2
-            canvas = Image.new(self._mode, target, PAD_VALUE if self._mode == "L" else (PAD_VALUE,) * 3)
-            canvas.paste(picture.resize(inner, Image.Resampling.BILINEAR), (left, top))
+            canvas = pillow().new(self._mode, target, PAD_VALUE if self._mode == "L" else (PAD_VALUE,) * 3)
+            canvas.paste(picture.resize(inner, bilinear), (left, top))
             ratio_x, ratio_y = inner[0] / width, inner[1] / height
             return canvas, Geometry(
                 width, height, self.width / ratio_x, self.height / ratio_y, -left / ratio_x, -top / ratio_y
@@ -153,13 +180,14 @@ class ImageProcessor:
         left_cut, top_cut = (width - cut_width) / 2, (height - cut_height) / 2
         # A picture that the JPEG decoder shrank has fewer pixels than `width` says.
         shrunk_x, shrunk_y = picture.width / width, picture.height / height
+        # Rounding may lead over the edge by a hair, which Pillow refuses.
         region = (
-            left_cut * shrunk_x,
-            top_cut * shrunk_y,
-            (left_cut + cut_width) * shrunk_x,
-            (top_cut + cut_height) * shrunk_y,
+            max(0.0, left_cut * shrunk_x),
+            max(0.0, top_cut * shrunk_y),
+            min(float(picture.width), (left_cut + cut_width) * shrunk_x),
+            min(float(picture.height), (top_cut + cut_height) * shrunk_y),
         )
-        resized = picture.resize(target, Image.Resampling.BILINEAR, box=region)
+        resized = picture.resize(target, bilinear, box=region)
         return resized, Geometry(width, height, cut_width, cut_height, left_cut, top_cut)
 
     def _look_up(self, pixels: Array) -> Array:
@@ -174,6 +202,16 @@ class ImageProcessor:
         for channel, table in enumerate(self._tables):
             out[0, :, :, channel] = table[pixels[:, :, channel]]
         return out
+
+
+def _orientation(picture: Image.Image) -> int:
+    if "exif" not in picture.info:
+        return 1
+    try:
+        said = picture.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  # damaged metadata says nothing about the picture itself
+        return 1
+    return said if isinstance(said, int) else 1
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import InputError
+from edge_serve.errors import InputError, ModelError
 from edge_serve.frame import Capture, Delivery, Frame, Settle, Window, parse_time
 from edge_serve.processing import tensor as tensors
 from edge_serve.spec import InputSpec
@@ -46,6 +46,10 @@ class Intake(Protocol):
         """Take a delivery; whoever gets the jobs settles them, the intake settles what is in none."""
         ...
 
+    def warm(self) -> None:
+        """Pay what only the first payload would cost otherwise."""
+        ...
+
     def tick(self, now: float) -> None:
         """Do what time demands; `now` is monotonic seconds."""
         ...
@@ -68,7 +72,7 @@ class SingleIntake:
 
             self._image_input, tensor = next(iter(inputs.items()))
             if len(inputs) != 1:
-                raise InputError(f"kind = image takes a model with one input; this one has {', '.join(inputs)}")
+                raise ModelError(f"kind = image takes a model with one input; this one has {', '.join(inputs)}")
             self._image = ImageProcessor(spec, tensor)
 
     def feed(self, delivery: Delivery) -> list[Job]:
@@ -112,6 +116,13 @@ class SingleIntake:
         assert self._image is not None
         pixels, geometry = self._image.from_pixels(array)
         return {self._image_input: pixels}, geometry
+
+    def warm(self) -> None:
+        """Import the decoders of pictures."""
+        if self._image is not None:
+            from edge_serve.processing.image import pillow
+
+            pillow()
 
     def tick(self, now: float) -> None:
         """Nothing waits here."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,8 @@ _MAGIC = ((b"\xff\xd8\xff", JPEG), (b"\x89PNG\r\n\x1a\n", PNG), (b"\x93NUMPY", N
 _JSON_STARTS = frozenset(b"[{-0123456789 \t\r\n")
 # Unpacked .npz members may be this many times as large as the payload; real sensor data packs far less well.
 MAX_NPZ_RATIO = 100
+# And never more than the largest payload that can be configured.
+MAX_NPZ_BYTES = 256 * 1024 * 1024
 
 
 def content_type(payload: bytes | bytearray | memoryview, declared: str | None, configured: str | None) -> str:
@@ -78,8 +80,10 @@ def read_npy(payload: bytes | bytearray | memoryview) -> Array:
         version = np.lib.format.read_magic(stream)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(stream)
-    except (ValueError, EOFError, TypeError, SyntaxError) as error:
+    except Exception as error:  # numpy evaluates the header as Python and raises whatever hostile bytes lead it to
         raise InputError(f"payload is not a .npy array: {error}") from error
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise InputError(f"payload is not a .npy array: its header says the shape {list(shape)}")
     if dtype.hasobject or dtype.kind not in "biuf":
         raise InputError(f".npy array of dtype {dtype} is not supported; send numbers")
     count = math.prod(shape)
@@ -89,28 +93,33 @@ def read_npy(payload: bytes | bytearray | memoryview) -> Array:
             f".npy array of shape {list(shape)} and dtype {dtype} needs {count * dtype.itemsize} bytes, {present} are there"
         )
     array = np.frombuffer(payload, dtype, count, stream.tell())
-    return array.reshape(shape, order="F" if fortran else "C")
+    try:
+        return array.reshape(shape, order="F" if fortran else "C")
+    except ValueError as error:  # more dimensions than numpy has, or an empty array of an impossible size
+        raise InputError(f".npy array of {len(shape)} dimensions is not supported: {error}") from error
 
 
 def read_npz(payload: bytes | bytearray | memoryview) -> dict[str, Array]:
     """Read the arrays of an .npz file; InputError if it is not one, TooLargeError if it unpacks to far more than it is."""
+    import zipfile  # with what it imports the slowest of the formats, and the rarest
+
     try:
         with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > MAX_NPZ_RATIO * len(payload):
+            members = archive.infolist()
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > min(MAX_NPZ_RATIO * len(payload), MAX_NPZ_BYTES):
                 raise TooLargeError(f".npz of {len(payload)} bytes would unpack to {unpacked} bytes")
-            return {
-                member.filename.removesuffix(".npy"): read_npy(archive.read(member)) for member in archive.infolist()
-            }
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
+            # What numpy writes; of other methods zipfile unpacks everything at once, and the stated size may be a lie.
+            if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
+                raise InputError(".npz file is packed in an unusual way; write it with numpy.savez_compressed")
+            arrays = {}
+            for member in members:
+                with archive.open(member) as stream:
+                    arrays[member.filename.removesuffix(".npy")] = read_npy(stream.read(member.file_size))
+            return arrays
+    except InputError:
+        raise
+    except Exception as error:  # zipfile and the decompressors raise whatever hostile bytes lead them to
         raise InputError(f"payload is not an .npz file: {error}") from error
 
 
@@ -121,9 +130,10 @@ def quantize(values: Array, spec: TensorSpec) -> Array:
     """
     if spec.scale is None or spec.zero_point is None:
         return values.astype(spec.dtype)
-    scaled = values.astype(np.float32) / np.float32(spec.scale)
-    if not np.isfinite(scaled).all():
+    if not np.isfinite(values).all():
         raise InputError(f"input {spec.name!r} holds NaN or infinite values, which a quantized model cannot take")
+    with np.errstate(over="ignore"):  # what is too large for float32 is saturated below
+        scaled = values.astype(np.float32) / np.float32(spec.scale)
     limits = np.iinfo(spec.dtype)
     np.rint(scaled, out=scaled)
     scaled += spec.zero_point
@@ -145,27 +155,34 @@ def fit(array: Array, spec: TensorSpec) -> Array:
     """
     shaped = _reshape(array, spec)
     if shaped.dtype == np.dtype(spec.dtype):
-        return np.ascontiguousarray(shaped)
+        return np.asarray(shaped, order="C")
     if spec.scale is not None:
         return quantize(shaped, spec)
     if shaped.dtype.kind == "f" and spec.dtype != "bool" and np.dtype(spec.dtype).kind in "iu":
-        whole = shaped.astype(spec.dtype)
+        with np.errstate(invalid="ignore"):
+            whole = shaped.astype(spec.dtype)
         if not np.array_equal(whole, shaped):
             raise InputError(
                 f"input {spec.name!r} takes {spec.dtype}; the values have fractions or are out of its range"
             )
-        return np.ascontiguousarray(whole)
+        return np.asarray(whole, order="C")
     if np.dtype(spec.dtype).kind in "iu" and shaped.size:
         limits = np.iinfo(spec.dtype)
         if int(shaped.min()) < limits.min or int(shaped.max()) > limits.max:
             raise InputError(
                 f"input {spec.name!r} takes {spec.dtype} ({limits.min}..{limits.max}); a value is out of that range"
             )
-    return np.ascontiguousarray(shaped.astype(spec.dtype))
+    with np.errstate(over="ignore"):
+        cast = shaped.astype(spec.dtype, order="C")
+    if cast.dtype.kind == "f" and not np.isfinite(cast).all() and np.isfinite(shaped).all():
+        raise InputError(f"input {spec.name!r} takes {spec.dtype}; a value is too large for that")
+    return cast
 
 
 def _reshape(array: Array, spec: TensorSpec) -> Array:
     wanted = spec.shape
+    if not array.size:
+        raise InputError(f"input {spec.name!r}: the payload has shape {list(array.shape)}, which holds no values")
     if len(array.shape) == len(wanted) and all(
         want in (-1, have) for want, have in zip(wanted, array.shape, strict=True)
     ):
@@ -200,16 +217,30 @@ def from_bytes(payload: bytes | bytearray | memoryview, spec: TensorSpec) -> Arr
 def from_numbers(value: Any, spec: TensorSpec) -> Array:
     """Turn nested JSON lists into an array; InputError if they are ragged or hold anything but numbers."""
     try:
-        array = np.array(value)
+        array = np.array(value) if holds_numbers(value) else None
     except ValueError as error:
         raise InputError(
             f"input {spec.name!r}: lists of unequal length; the model takes shape {list(spec.shape)}"
         ) from error
-    if array.dtype.kind not in "biuf":
+    if array is None or array.dtype.kind not in "biuf":
         raise InputError(
             f"input {spec.name!r} takes numbers of shape {list(spec.shape)}; the payload holds something else"
         )
     return fit(array, spec)
+
+
+def holds_numbers(value: Any) -> bool:
+    """Say whether nested lists hold numbers only.
+
+    numpy must not be asked: of one long text and many short ones it makes an array with room for the longest in each
+    place, gigabytes from a payload of megabytes.
+    """
+    level: Sequence[Any] = [value]
+    while (kinds := set(map(type, level))) <= {list, tuple}:
+        if not level:
+            return True
+        level = list(chain.from_iterable(level))
+    return kinds <= {int, float, bool}
 
 
 class TensorDecoder:

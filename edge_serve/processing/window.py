@@ -7,7 +7,6 @@ window, but the source never waits for samples that it is itself kept from sendi
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import threading
@@ -31,15 +30,22 @@ if TYPE_CHECKING:
 DEFAULT_MAX_KEYS = 1024
 DEFAULT_TIMEOUT_S = 300.0
 MAX_KEY_LENGTH = 1024
+# A source may hold back samples sooner than it says (a broker has limits of its own). When nothing has come for a while,
+# the oldest sample is settled: if another comes at once, that was it, and the number held is the limit from now on.
+FEWEST_HELD = 8
+PROBE_ANSWER_S = 1.0
+FIRST_PROBE_S = 1.0
+LONGEST_PROBE_S = 300.0
 
 
 class _Held:
     """A delivery whose samples are in windows; `waiting` counts its places in series, `in_flight` its windows upstream."""
 
-    __slots__ = ("error", "in_flight", "settle", "settled", "waiting")
+    __slots__ = ("error", "in_flight", "number", "settle", "settled", "waiting")
 
-    def __init__(self, settle: Settle) -> None:
+    def __init__(self, settle: Settle, number: int) -> None:
         self.settle = settle
+        self.number = number
         self.waiting = 0
         self.in_flight = 0
         self.settled = False
@@ -79,6 +85,10 @@ class WindowIntake:
         self._mean, self._std = _normalization(spec, self.channels)
         self._lock = threading.Lock()
         self._series: OrderedDict[str | None, _Series] = OrderedDict()
+        self._last_fed = Capture.now().monotonic
+        self._probe_after = FIRST_PROBE_S
+        self._probe: tuple[float, int] | None = None
+        self._arrived = 0
         # In order of arrival; the values are unused.
         self._unsettled: OrderedDict[_Held, None] = OrderedDict()
 
@@ -86,9 +96,11 @@ class WindowIntake:
         """Add the payload's samples; gives the windows that they complete. InputError if it holds no fitting samples."""
         frame = delivery.frame
         rows, key, frame = self._read(frame)
-        held = _Held(delivery.settle)
         jobs: list[Job] = []
         with self._lock:
+            self._judge_probe(Capture.now().monotonic)
+            self._arrived += 1
+            held = _Held(delivery.settle, self._arrived)
             due = self._make_room(key)
             series = self._series.get(key)
             if series is None:
@@ -151,15 +163,22 @@ class WindowIntake:
     def _early(self) -> list[tuple[Settle, Exception | None]]:
         """Settle the oldest samples that only wait for later ones, while the source may not deliver any later ones."""
         due: list[tuple[Settle, Exception | None]] = []
-        while self._hold_limit is not None and len(self._unsettled) >= self._hold_limit:
+        while self._hold_limit is not None and self._span() >= self._hold_limit:
             oldest = next(iter(self._unsettled))
             if oldest.in_flight:
                 break  # its settling is on the way and will free the source
-            oldest.settled = True
-            del self._unsettled[oldest]
-            self._counters.early_settled()
-            due.append((oldest.settle, None))
+            due.append(self._settle_early(oldest))
         return due
+
+    def _span(self) -> int:
+        """Count the deliveries from the oldest unsettled one on: acknowledgements leave in order, so those behind it wait."""
+        return self._arrived - next(iter(self._unsettled)).number + 1 if self._unsettled else 0
+
+    def _settle_early(self, held: _Held) -> tuple[Settle, Exception | None]:
+        held.settled = True
+        del self._unsettled[held]
+        self._counters.early_settled()
+        return held.settle, None
 
     def _make_room(self, key: str | None) -> list[tuple[Settle, Exception | None]]:
         due: list[tuple[Settle, Exception | None]] = []
@@ -177,6 +196,9 @@ class WindowIntake:
             due += self._due(held)
         return due
 
+    def warm(self) -> None:
+        """The first sample costs no more than others."""
+
     def tick(self, now: float) -> None:
         """Drop the unfinished windows of keys that were silent for longer than the time-out."""
         due: list[tuple[Settle, Exception | None]] = []
@@ -186,8 +208,31 @@ class WindowIntake:
                 if now - series.last_seen <= self._timeout:
                     break
                 due += self._forget(key, "window_timeout")
-            due += self._early()
+            due += self._early() + self._probe_source(now)
         _settle_all(due)
+
+    def _probe_source(self, now: float) -> list[tuple[Settle, Exception | None]]:
+        """Settle the oldest sample early if the source may be waiting for that."""
+        held = self._span()
+        if self._hold_limit is None or held < FEWEST_HELD or now - self._last_fed < self._probe_after:
+            return []
+        oldest = next(iter(self._unsettled))
+        if oldest.in_flight or (self._probe is not None and now - self._probe[0] < self._probe_after):
+            return []
+        self._probe = (now, held)
+        return [self._settle_early(oldest)]
+
+    def _judge_probe(self, now: float) -> None:
+        """Learn from what came after a sample was settled early: at once, it was waited for; later, it was not."""
+        if self._probe is not None and self._hold_limit is not None:
+            probed, held = self._probe
+            if now - probed < PROBE_ANSWER_S:
+                self._hold_limit = min(self._hold_limit, held)
+                self._probe_after = FIRST_PROBE_S
+            else:
+                self._probe_after = min(LONGEST_PROBE_S, 2 * self._probe_after)
+            self._probe = None
+        self._last_fed = now
 
     def close(self, error: Exception | None) -> None:
         """Let go of all unfinished windows; their samples are settled with `error` once no window upstream holds them."""
@@ -277,6 +322,8 @@ class WindowIntake:
         return columns
 
     def _csv(self, payload: bytes) -> tuple[Any, Mapping[str, str] | None]:
+        import csv  # few sensors send it
+
         try:
             lines = [line for line in csv.reader(io.StringIO(payload.decode("utf-8"))) if line]
             header = None if not lines or _is_number(lines[0][-1]) else [name.strip() for name in lines.pop(0)]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_RECEIVE_MAXIMUM = 20
+# MQTT 3.1.1 cannot tell the broker; this is below what brokers allow a client by default (mosquitto: 20).
+DEFAULT_IN_FLIGHT_311 = 16
 # Windows hold their samples unsettled; this many windows' worth may be on the way before the broker has to wait.
 WINDOWS_ON_THE_WAY = 4
 MAX_RECEIVE_MAXIMUM = 65535
@@ -49,7 +51,7 @@ class MqttSourceOptions:
     client_id: str | None = option(None, "client id; default {device}.{pipeline}.in", example="press-3.vibration.in")
     receive_maximum: int = option(
         0,
-        "most messages that may be unacknowledged; 0: 20, or four windows of samples",
+        "most messages that may be unacknowledged; 0: 20, or four windows of samples, or with 3.1.1 16 (set it to the broker's own limit)",
         low=0,
         high=MAX_RECEIVE_MAXIMUM,
     )
@@ -82,7 +84,7 @@ class MqttSource:
         self._options = options
         self._context = context
         self._filters = [options.topic] if isinstance(options.topic, str) else list(options.topic)
-        self._limit = receive_maximum(options, context.window)
+        self._limit = receive_maximum(options, context.window, context.config.brokers[options.broker].version)
         self._connection: Connection | None = None
         self._lock = threading.Lock()
         self._epoch = 0
@@ -330,8 +332,10 @@ def _ignore(_error: Exception | None) -> None:
     """Settle a QoS 0 message: nobody waits for that."""
 
 
-def receive_maximum(options: MqttSourceOptions, window: int) -> int:
+def receive_maximum(options: MqttSourceOptions, window: int, version: str) -> int:
     """Give how many messages may be unacknowledged: as configured, else 20, or enough for some windows of samples."""
     if options.receive_maximum:
         return options.receive_maximum
+    if version == "3.1.1":
+        return DEFAULT_IN_FLIGHT_311
     return min(MAX_RECEIVE_MAXIMUM, max(DEFAULT_RECEIVE_MAXIMUM, WINDOWS_ON_THE_WAY * window))

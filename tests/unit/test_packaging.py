@@ -276,7 +276,7 @@ def test_the_metadata_says_what_people_and_tools_ask(wheels: dict[str, Wheel]) -
         assert wheel.metadata["License-Expression"] == "Apache-2.0"
         assert wheel.metadata["Requires-Python"] == ">=3.10"
         assert set(wheel.metadata.get_all("Provides-Extra", [])) == {"broker", "convert", "dev", "tflite-runtime"}
-        assert "edge-serve = edge_serve.cli:main" in wheel.entry_points
+        assert "edge-serve = edge_serve.__main__:main" in wheel.entry_points
         assert not [
             key for key in ("Author", "Author-email", "Maintainer", "Maintainer-email") if key in wheel.metadata
         ]

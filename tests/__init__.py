@@ -1,0 +1,1 @@
+"""The tests: unit (no processes), contract (one suite over every source and sink), system (real broker, real processes)."""

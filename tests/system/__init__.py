@@ -1,0 +1,1 @@
+"""The whole thing: a real mosquitto, real `edge-serve` processes, real signals and real sockets."""
