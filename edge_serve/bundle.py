@@ -157,9 +157,14 @@ class Bundle:
                 f"{self.path / MANIFEST}: file {name!r} is outside the bundle; paths stay inside the folder"
             )
         path = self.path / inside
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        try:
+            leads_out = not path.resolve().is_relative_to(self.path.resolve())
+            there = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # no name that a file can have, or links in a circle
+            raise BundleError(f"{self.path / MANIFEST}: file {name!r} cannot be looked for: {error}") from error
+        if leads_out:
             raise BundleError(f"{path}: is a link that leads out of the bundle; copy the file itself")
-        if not path.is_file():
+        if not there:
             raise BundleError(f"{path}: is named by the manifest but is not there; copy the bundle again")
         return path
 

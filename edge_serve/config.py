@@ -80,7 +80,9 @@ class ModelConfig:
     version: str | int | None = option(
         None, 'latest, a number, or a label of version_labels (default "latest")', example="latest"
     )
-    version_labels: dict[str, int] | None = option(None, "names for versions, as { stable = 3 }", low=0)
+    version_labels: dict[str, int] | None = option(
+        None, "names for versions, as { stable = 3 }", example={"stable": 3}, low=0
+    )
     variant: str | None = option(None, "which variant of the bundle (default: the bundle's)", example="int8")
     signature: str | None = option(
         None, "which signature of the model (default: serving_default)", example="serving_default"
@@ -165,6 +167,7 @@ class Part(Protocol):
     """What the loader needs of a source or sink class."""
 
     Options: type
+    # A source whose senders get the results as answers may also say `answers = True`: it needs no sink.
 
     @classmethod
     def check(cls, options: Any, key: str, wiring: Wiring) -> list[Problem]:
@@ -183,7 +186,7 @@ def load(path: Path, resolver: Resolver) -> Config:
             raise ConfigError(
                 str(path), [Problem("", f"is {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")]
             )
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
             str(path),
@@ -206,7 +209,7 @@ def parse(text: str, path: Path, resolver: Resolver) -> Config:
         import tomli as tomllib
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and a number with too many digits
         raise ConfigError(str(path), [Problem("", f"is not TOML: {error}")]) from error
     except RecursionError as error:
         raise ConfigError(str(path), [Problem("", "is nested too deeply")]) from error
@@ -257,8 +260,22 @@ def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list
     for pipeline in pipelines:
         wiring = Wiring(config, pipeline)
         for kind, part in (("sources", pipeline.source), *(("sinks", sink) for sink in pipeline.sinks)):
+            if part.options is None:
+                continue
             problems.extend(resolver(kind, part.type).check(part.options, part.key, wiring))  # type: ignore[arg-type]
         _check_pipeline(config, pipeline, problems)
+        if (
+            pipeline.source.type
+            and not pipeline.sinks
+            and not getattr(resolver("sources", pipeline.source.type), "answers", False)
+        ):
+            problems.append(
+                Problem(
+                    join(pipeline.key, "sink"),
+                    "is missing, so results would go nowhere",
+                    'Add one, as type = "mqtt" or "stdout"',
+                )
+            )
     return config
 
 
@@ -270,9 +287,8 @@ def _brokers(table: Any, problems: list[Problem]) -> dict[str, MqttBroker]:
     own = {name: entry for name, entry in table.items() if name not in named}
     brokers = {}
     for name, entry, key in [("", own, "mqtt")] * bool(own) + [(n, e, f"mqtt.{n}") for n, e in named.items()]:
-        broker = read(MqttBroker, entry, key, problems)
-        if broker is not None:
-            brokers[name] = broker
+        # One without an address is named above; it still is the broker that others mean.
+        brokers[name] = read(MqttBroker, entry, key, problems) or MqttBroker(url="mqtt://missing")
     return brokers
 
 
@@ -294,7 +310,6 @@ def _pipeline(
     if not isinstance(entry, Mapping):
         problems.append(Problem(key, "must be a table", "Write [[pipeline]] and its keys below it"))
         return None
-    before = len(problems)
     parts = frozenset({"source", "sink", "input", "output"})
     model_keys = frozenset(ModelConfig.__dataclass_fields__)
     own = read(_PipelineKeys, entry, key, problems, skip=parts | model_keys)
@@ -323,10 +338,15 @@ def _pipeline(
     for index, raw in enumerate(raw_sinks):
         sink_key = join(key, f"sink[{index}]" if len(raw_sinks) > 1 else "sink")
         sinks.append(_part("sinks", raw, sink_key, resolver, problems))
-    if len(problems) > before or own is None or model is None or inputs is None or outputs is None or source is None:
-        return None
+    # With problems this is never served; it is there so that all the rest of it is looked at, too.
     return PipelineConfig(
-        own.name, model, source, tuple(sink for sink in sinks if sink is not None), inputs, outputs, key
+        own.name if own is not None else key,
+        model or ModelConfig(model=""),
+        source or PartConfig("", None, key),
+        tuple(sink for sink in sinks if sink is not None),
+        inputs or InputSpec(),
+        outputs or OutputSpec(),
+        key,
     )
 
 
@@ -391,13 +411,13 @@ def _check_broker(config: Config, name: str, broker: MqttBroker, problems: list[
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//…@", url)
+    return re.sub(r"//.*@", "//…@", url)
 
 
 def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Problem]) -> None:
     model = pipeline.model
     path = config.resolve(model.model)
-    if not path.exists():
+    if model.model and not exists(path):
         problems.append(
             Problem(
                 join(pipeline.key, "model"),
@@ -421,7 +441,7 @@ def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Pro
         problems.append(
             Problem(join(pipeline.key, "output.labels_file"), "labels are given twice", "Give labels or labels_file")
         )
-    if pipeline.output.labels_file is not None and not config.resolve(pipeline.output.labels_file).is_file():
+    if pipeline.output.labels_file is not None and not exists(config.resolve(pipeline.output.labels_file)):
         problems.append(
             Problem(
                 join(pipeline.key, "output.labels_file"),
@@ -429,6 +449,14 @@ def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Pro
                 "Check the path",
             )
         )
+
+
+def exists(path: Path) -> bool:
+    """Say whether there is something that this process can see: a folder that may not be entered hides what is in it."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def default_device() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 # A clock before this date was never set: small boards without a battery start in 1970 or at the image's build date.
 CLOCK_PLAUSIBLE_AFTER = datetime(2026, 1, 1, tzinfo=timezone.utc).timestamp()
 
+# What datetime can write; an offset from UTC may lead out of it.
+EARLIEST = datetime(1, 1, 1, tzinfo=timezone.utc).timestamp()
+LATEST = 253402300800.0
+_RFC_3339 = re.compile(
+    r"(?P<date>\d{4}-\d\d-\d\d)[Tt ](?P<time>\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d+))?(?P<zone>[Zz]|[+-]\d\d:\d\d)",
+    re.ASCII,
+)
+
 
 def format_time(seconds: float) -> str:
     """Give UTC seconds since the epoch as RFC 3339 text with microseconds and a Z."""
@@ -26,10 +35,16 @@ def format_time(seconds: float) -> str:
 
 def parse_time(text: str) -> float:
     """Read RFC 3339 text (an offset or Z is required) as UTC seconds since the epoch; ValueError if it is not that."""
-    moment = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith(("Z", "z")) else text)
-    if moment.tzinfo is None:
-        raise ValueError(f"time without a zone: {text!r}")
-    return moment.timestamp()
+    match = _RFC_3339.fullmatch(text)
+    if match is None:
+        raise ValueError(f"no RFC 3339 time with a zone: {text[:40]!r}")
+    # Python 3.10 reads no other fractions than of 3 or 6 digits.
+    fraction = (match["fraction"] or "0")[:6].ljust(6, "0")
+    zone = "+00:00" if match["zone"] in "Zz" else match["zone"]
+    seconds = datetime.fromisoformat(f"{match['date']}T{match['time']}.{fraction}{zone}").timestamp()
+    if not EARLIEST <= seconds < LATEST:
+        raise ValueError(f"time outside of the years 1 to 9999: {text[:40]!r}")
+    return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +155,9 @@ class Result:
 
     def to_json(self) -> bytes:
         """Give the document as UTF-8 JSON without white space."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        text = json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        # File names and JSON escapes may bring in halves of characters, which UTF-8 does not have.
+        return text.encode(errors="replace")
 
     def to_dict(self) -> dict[str, Any]:
         """Give the result's JSON document, version 1 (README, Results)."""

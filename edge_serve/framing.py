@@ -27,7 +27,8 @@ class Message:
 
 def encode(header: dict[str, Any], body: bytes | bytearray | memoryview = b"") -> bytes:
     """Give a message's bytes; `length` is set from the body. ProtocolError if the header is too long."""
-    line = json.dumps({**header, "length": len(body)}, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps({**header, "length": len(body)}, ensure_ascii=False, separators=(",", ":"))
+    line = text.encode(errors="replace") + b"\n"
     if len(line) > MAX_HEADER:
         raise ProtocolError(f"header of {len(line)} bytes is over the limit of {MAX_HEADER}")
     return line + body if len(body) else line
@@ -101,6 +102,8 @@ class Reader:
         del self._buffer[: end + 1]
         try:
             header = json.loads(line)
+            if b"\\u" in line:  # escapes can write halves of characters, which no text that we send on can hold
+                json.dumps(header, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"header is not a JSON line: {error}") from error
         if not isinstance(header, dict) or not isinstance(header.get("type"), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, deque
 from typing import Any
@@ -74,5 +75,5 @@ def percentile(ordered: list[float], percent: float) -> float | None:
     """Give the nearest-rank percentile of ascending values, rounded to microseconds; None if there are none."""
     if not ordered:
         return None
-    rank = max(0, min(len(ordered) - 1, round(percent / 100 * len(ordered) + 0.5) - 1))
-    return round(ordered[rank], 3)
+    rank = max(1, math.ceil(percent * len(ordered) / 100))
+    return round(ordered[rank - 1], 3)

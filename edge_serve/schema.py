@@ -82,16 +82,16 @@ def read(
     strict: bool = True,
     skip: frozenset[str] = frozenset(),
 ) -> T | None:
-    """Build `cls` from a table; None (and at least one more problem) if a value is wrong or a required one is missing.
+    """Build `cls` from a table; None if it is no table, or a required value is missing or wrong.
 
-    `skip` names keys that somebody else reads.
+    Every mistake is added to `problems`, and the caller looks there: a wrong value that has a default gets that, so that
+    what depends on the other values can be checked, too. `skip` names keys that somebody else reads.
     """
     if not isinstance(table, Mapping):
         problems.append(Problem(key, f"must be a table, not {_show(table)}"))
         return None
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     kinds = hints(cast(Any, cls))
-    before = len(problems)
     if strict:
         problems.extend(
             Problem(join(key, str(name)), "unknown key", closest(str(name), set(fields) | skip))
@@ -103,16 +103,18 @@ def read(
         if name in skip:
             continue
         if name not in table:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required:
+            if _required(field):
                 problems.append(Problem(join(key, name), "is missing", _expected(field, kinds[name])))
             continue
         value = _convert(kinds[name], table[name], join(key, name), problems, field, strict)
         if value is not _BAD:
             values[name] = value
-    if len(problems) > before:
-        return None
-    return cls(**values)
+    required = {name for name in fields if name not in skip and _required(fields[name])}
+    return cls(**values) if required <= values.keys() else None
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _expected(field: dataclasses.Field[Any], kind: Any) -> str:
@@ -165,7 +167,7 @@ def _convert_union(
     for kind in kinds:
         trial: list[Problem] = []
         result = _convert(kind, value, key, trial, field, strict)
-        if result is not _BAD:
+        if result is not _BAD and not trial:
             return result
         attempts.append(trial)
     if len(kinds) == 1:
@@ -178,9 +180,15 @@ def _convert_union(
 
 def _convert_scalar(kind: Any, value: Any, key: str, problems: list[Problem], field: dataclasses.Field[Any]) -> Any:
     if kind is float and type(value) is int:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if type(value) is not kind:
         problems.append(Problem(key, f"must be {describe(kind)}, not {_show(value)}"))
+        return _BAD
+    if kind is str and not _is_text(value):
+        problems.append(Problem(key, f"holds a character that no file or topic can have: {_show(value)}"))
         return _BAD
     if kind is float and not math.isfinite(value):
         problems.append(Problem(key, f"must be a finite number, not {value}"))
@@ -191,6 +199,11 @@ def _convert_scalar(kind: Any, value: Any, key: str, problems: list[Problem], fi
         problems.append(Problem(key, f"must be {bounds}, not {value}"))
         return _BAD
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Refuse what the system's calls do not take: NUL, and halves of characters (JSON can write them)."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def merge(base: T, over: T) -> T:

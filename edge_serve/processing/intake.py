@@ -137,9 +137,14 @@ def labelled(frame: Frame, document: Any, spec: InputSpec) -> Frame:
         return frame
     if spec.id_field is not None and spec.id_field in document:
         value = document[spec.id_field]
-        if not isinstance(value, (str, int)) or isinstance(value, bool) or len(str(value)) > MAX_ID_LENGTH:
+        if (
+            not isinstance(value, (str, int))
+            or isinstance(value, bool)
+            or len(str(value)) > MAX_ID_LENGTH
+            or not str(value).isprintable()  # MQTT takes no control characters
+        ):
             raise InputError(
-                f"{spec.id_field!r} (the frame's id) must be text or a whole number of at most {MAX_ID_LENGTH} characters"
+                f"{spec.id_field!r} (the frame's id) must be printable text or a whole number of at most {MAX_ID_LENGTH} characters"
             )
         frame = dataclasses.replace(frame, id=str(value))
     if spec.time_field is not None and spec.time_field in document:

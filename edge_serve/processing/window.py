@@ -55,12 +55,14 @@ class _Held:
 class _Series:
     """The unfinished window of one key."""
 
-    __slots__ = ("captures", "held", "last_seen", "rows", "skip")
+    __slots__ = ("captures", "fresh", "held", "last_seen", "rows", "skip")
 
-    def __init__(self, length: int, channels: int) -> None:
-        self.rows = np.empty((length, channels), np.float32)
+    def __init__(self, length: int, channels: int, dtype: str) -> None:
+        # Quantized already, where the tensor is: each sample is in several windows.
+        self.rows = np.empty((length, channels), dtype)
         self.held: deque[_Held] = deque()
         self.captures: deque[float] = deque()
+        self.fresh = 0
         self.skip = 0
         self.last_seen = 0.0
 
@@ -75,6 +77,7 @@ class WindowIntake:
             raise ModelError(f"kind = window takes a model with one input; this one has {', '.join(inputs)}")
         self._name, self._tensor = next(iter(inputs.items()))
         self.length, self.channels = _layout(spec, self._tensor)
+        self._row = dataclasses.replace(self._tensor, shape=(-1, self.channels))
         self.hop = spec.hop or self.length
         self._spec = spec
         self._names = spec.channels
@@ -104,7 +107,7 @@ class WindowIntake:
             due = self._make_room(key)
             series = self._series.get(key)
             if series is None:
-                series = self._series[key] = _Series(self.length, self.channels)
+                series = self._series[key] = _Series(self.length, self.channels, self._tensor.dtype)
             self._series.move_to_end(key)
             series.last_seen = frame.captured.monotonic if frame.captured.by == "arrival" else Capture.now().monotonic
             held.waiting += 1  # while its samples are being added
@@ -116,6 +119,7 @@ class WindowIntake:
                 series.rows[len(series.held)] = row
                 series.held.append(held)
                 series.captures.append(frame.captured.utc)
+                series.fresh += 1
                 held.waiting += 1
                 if len(series.held) == self.length:
                     jobs.append(self._emit(series, key, frame, len(jobs)))
@@ -128,9 +132,8 @@ class WindowIntake:
         members = list(dict.fromkeys(series.held))
         for member in members:
             member.in_flight += 1
-        values = series.rows.copy()
         shape = tuple(1 if size == -1 else size for size in self._tensor.shape)
-        inputs = {self._name: tensors.fit(values.reshape(shape), self._tensor)}
+        inputs = {self._name: series.rows.copy().reshape(shape)}
         window = Window(series.captures[0], series.captures[-1], self.length)
         # A payload with many samples may complete several windows; each needs an id of its own.
         named = frame if nth == 0 else dataclasses.replace(frame, id=f"{frame.id}#{nth}")
@@ -139,6 +142,7 @@ class WindowIntake:
         for _ in range(self.length - kept):
             series.held.popleft().waiting -= 1
             series.captures.popleft()
+        series.fresh = 0
         series.skip = max(0, self.hop - self.length)
 
         def settle(error: Exception | None) -> None:
@@ -178,7 +182,7 @@ class WindowIntake:
         held.settled = True
         del self._unsettled[held]
         self._counters.early_settled()
-        return held.settle, None
+        return held.settle, held.error
 
     def _make_room(self, key: str | None) -> list[tuple[Settle, Exception | None]]:
         due: list[tuple[Settle, Exception | None]] = []
@@ -189,7 +193,7 @@ class WindowIntake:
 
     def _forget(self, key: str | None, reason: str) -> list[tuple[Settle, Exception | None]]:
         series = self._series.pop(key)
-        self._counters.dropped(reason, len(series.held))
+        self._counters.dropped(reason, series.fresh)  # the others were in a window
         due: list[tuple[Settle, Exception | None]] = []
         for held in series.held:
             held.waiting -= 1
@@ -260,7 +264,7 @@ class WindowIntake:
             name = self._spec.time_field
             if record is not None and name is not None and name in record:
                 value = record[name]
-                moment = read_time(float(value) if value.replace(".", "", 1).isdigit() else value, name)
+                moment = read_time(float(value) if _is_number(value) else value, name)
                 frame = dataclasses.replace(frame, captured=Capture.at(moment))
             return self._rows(rows), self._key(frame, record), frame
         if kind == tensors.NPY:
@@ -277,7 +281,7 @@ class WindowIntake:
 
     def _rows(self, values: Any) -> Array:
         try:
-            array = np.asarray(values)
+            array = np.asarray(values if isinstance(values, np.ndarray) or tensors.holds_numbers(values) else "")
         except ValueError as error:
             raise InputError(f"samples of unequal length; each has {self.channels} numbers") from error
         if array.dtype.kind not in "biuf":
@@ -290,12 +294,13 @@ class WindowIntake:
             raise InputError(
                 f"a sample is {self.channels} numbers, several are a list of such lists; the payload has shape {list(array.shape)}"
             )
-        rows = array.astype(np.float32)
-        if self._mean is not None:
-            rows = (rows - self._mean) / self._std
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = array.astype(np.float32)
+            if self._mean is not None:
+                rows = (rows - self._mean) / self._std
         if not np.isfinite(rows).all():
             raise InputError("a sample holds NaN, infinite or far too large values; leave the sample out instead")
-        return rows
+        return tensors.fit(rows, self._row)
 
     def _json(self, document: Any) -> Any:
         if not isinstance(document, dict):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_serve.config import Wiring
+from edge_serve.config import Wiring, exists
 from edge_serve.errors import InputError, Problem, SourceExhausted, TooLargeError, UnavailableError
 from edge_serve.frame import Capture, Delivery, Frame
 from edge_serve.schema import join, option
@@ -85,7 +85,7 @@ class FileSource:
                         "One pipeline can read it",
                     )
                 )
-        elif not wiring.config.resolve(options.path).exists():
+        elif not exists(wiring.config.resolve(options.path)):
             problems.append(
                 Problem(join(key, "path"), f"{wiring.config.resolve(options.path)} does not exist", "Check the path")
             )

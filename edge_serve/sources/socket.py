@@ -108,6 +108,7 @@ class SocketSource:
     """A listening socket and its clients."""
 
     Options = SocketSourceOptions
+    answers = True
 
     def __init__(self, options: SocketSourceOptions, context: SourceContext) -> None:
         self._options = options
@@ -549,7 +550,8 @@ class SocketSource:
         except ProtocolError:
             # A result with large tensors does not fit a header; it goes as a body, and "length" says so.
             data = framing.encode(
-                {"type": header["type"], "id": header.get("id")}, json.dumps(header, ensure_ascii=False).encode()
+                {"type": header["type"], "id": header.get("id")},
+                json.dumps(header, ensure_ascii=False).encode(errors="replace"),
             )
         connection.out.append(memoryview(data))
         connection.out_bytes += len(data)
