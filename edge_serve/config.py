@@ -264,18 +264,6 @@ def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list
                 continue
             problems.extend(resolver(kind, part.type).check(part.options, part.key, wiring))  # type: ignore[arg-type]
         _check_pipeline(config, pipeline, problems)
-        if (
-            pipeline.source.type
-            and not pipeline.sinks
-            and not getattr(resolver("sources", pipeline.source.type), "answers", False)
-        ):
-            problems.append(
-                Problem(
-                    join(pipeline.key, "sink"),
-                    "is missing, so results would go nowhere",
-                    'Add one, as type = "mqtt" or "stdout"',
-                )
-            )
     return config
 
 
@@ -338,6 +326,12 @@ def _pipeline(
     for index, raw in enumerate(raw_sinks):
         sink_key = join(key, f"sink[{index}]" if len(raw_sinks) > 1 else "sink")
         sinks.append(_part("sinks", raw, sink_key, resolver, problems))
+    if source is not None and not raw_sinks and not getattr(resolver("sources", source.type), "answers", False):
+        problems.append(
+            Problem(
+                join(key, "sink"), "is missing, so results would go nowhere", 'Add one, as type = "mqtt" or "stdout"'
+            )
+        )
     # With problems this is never served; it is there so that all the rest of it is looked at, too.
     return PipelineConfig(
         own.name if own is not None else key,
