@@ -3,84 +3,19 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
-from edge_serve import framing
-from edge_serve.errors import EXIT_GATE, ProtocolError, UnavailableError, UsageError
+from edge_serve.client import Client
+from edge_serve.errors import EXIT_GATE, ProtocolError, UsageError
 from edge_serve.processing.tensor import CSV, JSON
 
-RECEIVE_CHUNK = 64 * 1024
 # Frames that are sent before an answer is waited for: enough to keep the model busy, few enough for the server's window.
 WINDOW = 16
-
-
-class Client:
-    """A connection to a pipeline's socket."""
-
-    def __init__(self, address: str, timeout: float = 30.0, token: str | None = None) -> None:
-        url = urlsplit(address)
-        try:
-            if url.scheme == "unix" and url.path:
-                self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._sock.settimeout(timeout)
-                self._sock.connect(url.path)
-            elif url.scheme == "tcp" and url.hostname and url.port:
-                self._sock = socket.create_connection((url.hostname, url.port), timeout)
-                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            else:
-                raise UsageError(f"{address!r} is no socket's address; write unix:///path or tcp://host:port")
-        except OSError as error:
-            raise UnavailableError(
-                f"{address}: cannot connect: {error.strerror or error}; is `edge-serve run` running?"
-            ) from error
-        self._address = address
-        # Answers may hold whole tensors.
-        self._reader = framing.Reader(max_payload=256 * 1024 * 1024)
-        if token is not None:
-            self.send({"type": "auth", "token": token})
-
-    def send(self, header: dict[str, Any], body: bytes = b"") -> None:
-        """Send one message."""
-        try:
-            self._sock.sendall(framing.encode(header, body))
-        except OSError as error:
-            raise UnavailableError(f"{self._address}: connection lost while sending: {error}") from error
-
-    def receive(self) -> dict[str, Any] | None:
-        """Give the next answer's header (with what came as a body laid over it); None when the server has closed."""
-        while (message := self._reader.next()) is None:
-            try:
-                data = self._sock.recv(RECEIVE_CHUNK)
-            except TimeoutError as error:
-                raise UnavailableError(f"{self._address}: no answer in time") from error
-            except OSError as error:
-                raise UnavailableError(f"{self._address}: connection lost: {error}") from error
-            if not data:
-                self._reader.finish()
-                return None
-            self._reader.feed(data)
-        return {**message.header, **json.loads(message.body)} if message.body else message.header
-
-    def finish(self) -> None:
-        """Say that nothing more will be sent; answers still come."""
-        self._sock.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._sock.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @click.command(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from edge_serve.commands.send import Client
+from edge_serve.client import Client
 from edge_serve.demo import data
 from edge_serve.demo.broker import IN_FLIGHT
 from edge_serve.errors import UnavailableError

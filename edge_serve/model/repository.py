@@ -12,6 +12,8 @@ from edge_serve.model.interpreter import check_file
 from edge_serve.spec import InputSpec, OutputSpec
 
 DEFAULT_FILE = "model.tflite"
+# What the variant of a file without a manifest is called.
+ONLY_VARIANT = "file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +52,34 @@ def find(
     """
     if path.is_file():
         check_file(path)
-        return ModelVersion(path.stem, None, "file", path)
+        return _held_against(ModelVersion(path.stem, None, ONLY_VARIANT, path), version, version_labels or {}, variant)
     if not path.is_dir():
         raise ModelError(f"{path}: no such model; give a .tflite file, a version folder or a folder with versions")
     if (path / MANIFEST).is_file() or (path / DEFAULT_FILE).is_file():
-        return _open(path, int(path.name) if path.name.isdecimal() else None, variant)
+        opened = _open(path, int(path.name) if path.name.isdecimal() else None, variant)
+        return _held_against(opened, version, version_labels or {}, variant)
     found = versions(path)
     if not found:
         raise ModelError(
             f"{path}: holds neither {MANIFEST} nor version folders (1, 2, …); make one with `edge-serve convert`"
         )
     number = _number(path, version, found, version_labels or {})
-    return _open(found[number], number, variant)
+    return _held_against(_open(found[number], number, variant), "latest", {}, variant)
+
+
+def _held_against(
+    opened: ModelVersion, version: str | int, version_labels: Mapping[str, int], variant: str | None
+) -> ModelVersion:
+    """Refuse a version or variant that was asked for where there is only one, and that is another."""
+    if version != "latest":
+        _number(opened.file, version, {opened.version: opened.file} if opened.version else {}, version_labels)
+    if opened.bundle is None and variant not in (None, ONLY_VARIANT):
+        raise ModelError(f"{opened.file}: has no variant {variant!r}: it is a single file; leave variant out")
+    return opened
 
 
 def _number(base: Path, version: str | int, found: Mapping[int, Path], version_labels: Mapping[str, int]) -> int:
-    known = ", ".join(str(number) for number in sorted(found))
+    known = ", ".join(str(number) for number in sorted(found)) or "none"
     if version == "latest":
         return max(found)
     if isinstance(version, str):
@@ -93,7 +107,7 @@ def _open(folder: Path, number: int | None, variant: str | None) -> ModelVersion
             )
         check_file(file)
         name = folder.resolve().parent.name if number is not None else folder.resolve().name
-        return ModelVersion(name, number, "file", file)
+        return ModelVersion(name, number, ONLY_VARIANT, file)
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     chosen = manifest.variant(variant or manifest.default)

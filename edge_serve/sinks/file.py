@@ -38,7 +38,12 @@ class FileSink:
     def check(cls, options: FileSinkOptions, key: str, wiring: Wiring) -> list[Problem]:
         """Find folders that are not there or may not be written, and two sinks on one file."""
         path = wiring.config.resolve(options.path)
-        if not path.parent.is_dir() or path.is_dir():
+        try:
+            usable = path.parent.is_dir() and not path.is_dir()
+            writable = os.access(path if path.exists() else path.parent, os.W_OK)
+        except OSError:  # a folder that may not be entered, a name that is too long
+            usable = writable = False
+        if not usable:
             return [
                 Problem(
                     join(key, "path"),
@@ -46,7 +51,7 @@ class FileSink:
                     "Make the folder, check the path",
                 )
             ]
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+        if not writable:
             return [Problem(join(key, "path"), f"{path} may not be written", "Check the permissions")]
         users = [
             (pipeline.name, sink.key)

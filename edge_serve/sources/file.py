@@ -9,10 +9,12 @@ import os
 import selectors
 import stat
 import sys
+import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from edge_serve.config import Wiring, exists
 from edge_serve.errors import InputError, Problem, SourceExhausted, TooLargeError, UnavailableError
@@ -22,6 +24,8 @@ from edge_serve.sources import SourceContext
 from edge_serve.sources.streams import JpegSplitter, LineSplitter
 
 STDIN = "-"
+# Opening a named pipe would wait for its writer otherwise, and no signal could end that.
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 CHUNK = 64 * 1024
 TYPES = {
     ".jpg": "image/jpeg",
@@ -110,8 +114,15 @@ class FileSource:
             except OSError as error:
                 raise UnavailableError(f"{self._path}: cannot be read: {error.strerror}") from error
             self._files = iter(found)
+        elif self._is_one_input():
+            self._files = iter([Path(self._path)])
         else:
             self._stream = _Stream(self._path, self._options, self._context.pipeline)
+
+    def _is_one_input(self) -> bool:
+        """Tell a picture, an array or a document by its name: read as a folder's files are, it would be no stream."""
+        path = Path(self._path)
+        return self._options.format == "auto" and path.suffix.lower() in TYPES and path.is_file()
 
     def read(self, timeout: float) -> Delivery | None:
         """Give the next file, picture or line."""
@@ -126,7 +137,7 @@ class FileSource:
         return None if frame is None else Delivery(frame, _ignore)
 
     def _from_file(self, path: Path) -> Frame:
-        name = str(path.relative_to(self._path))
+        name = str(path.relative_to(self._path)) if path != Path(self._path) else path.name
         payload = b""
         error: Exception | None = None
         try:
@@ -161,7 +172,7 @@ class _Stream:
         self._limit = options.max_payload
         self._format = options.format
         try:
-            self._fd = os.dup(sys.stdin.fileno()) if path == STDIN else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.dup(sys.stdin.fileno()) if path == STDIN else os.open(path, OPEN_FLAGS)
         except (OSError, ValueError) as error:
             raise UnavailableError(f"{self._name}: cannot be opened: {error}") from error
         mode = os.fstat(self._fd).st_mode
@@ -174,19 +185,24 @@ class _Stream:
             except PermissionError:  # /dev/null and its like
                 self._selector = None
         self._splitter: JpegSplitter | LineSplitter | None = None
-        self._ready: list[Any] = []
+        self._ready: deque[bytes | Exception] = deque()
         self._number = 0
         self._ended = False
 
     def read(self, timeout: float) -> Frame | None:
         """Give the next picture or line; None if none was complete within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
         while not self._ready:
             if self._ended:
                 raise SourceExhausted(f"{self._name}: end of the stream")
-            if self._selector is not None and not self._selector.select(timeout):
+            # A writer that trickles must not keep the thread here: it has to see when it shall stop.
+            left = deadline - time.monotonic()
+            if self._selector is not None and not self._selector.select(max(0.0, left)):
                 return None
             try:
                 data = os.read(self._fd, CHUNK)
+            except BlockingIOError:
+                continue
             except OSError as error:
                 raise UnavailableError(f"{self._name}: cannot be read: {error.strerror}") from error
             if self._splitter is None and data:
@@ -194,19 +210,21 @@ class _Stream:
             if not data:
                 self._ended = True
             if self._splitter is not None:
-                self._ready = self._splitter.feed(data) if data else self._splitter.finish()
-        item = self._ready.pop(0)
+                self._ready.extend(self._splitter.feed(data) if data else self._splitter.finish())
+            if left <= 0 and not self._ready and not self._ended:
+                return None
+        item = self._ready.popleft()
         self._number += 1
         captured = Capture.now()
         kind = "image/jpeg" if isinstance(self._splitter, JpegSplitter) else "application/json"
         identity = f"{self._name}-{self._number}-{captured.utc:.6f}"
-        wrong = item if isinstance(item, Exception) else None
-        return Frame(identity, self._name, captured, kind, b"" if wrong else item, {}, wrong)
+        payload, wrong = (b"", item) if isinstance(item, Exception) else (item, None)
+        return Frame(identity, self._name, captured, kind, payload, {}, wrong)
 
     def _make_splitter(self, data: bytes) -> JpegSplitter | LineSplitter:
         kind = self._format
         if kind == "auto":
-            kind = "mjpeg" if data[:2] == b"\xff\xd8" else "jsonl"
+            kind = "mjpeg" if data[:1] == b"\xff" else "jsonl"  # of a pipe, the first byte may come alone
         return JpegSplitter(self._limit) if kind == "mjpeg" else LineSplitter(self._limit)
 
     def close(self) -> None:

@@ -68,9 +68,12 @@ class JpegSplitter:
         while self._step(items):
             pass
         if len(self._buffer) > self._limit and self._at:
-            items.append(TooLargeError(f"picture is larger than the limit of {self._limit} bytes (max_payload)"))
+            items.append(self._too_large())
             self._resynchronize(self._at)
         return items
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"picture is larger than the limit of {self._limit} bytes (max_payload)")
 
     def finish(self) -> list[bytes | Exception]:
         """Say that the stream has ended; what is left is a picture that was cut off."""
@@ -96,7 +99,8 @@ class JpegSplitter:
         if marker == 0xFF:  # fill byte
             self._at += 1
         elif marker == EOI:
-            items.append(bytes(memoryview(buffer)[: self._at + 2]))
+            fits = self._at + 2 <= self._limit
+            items.append(bytes(memoryview(buffer)[: self._at + 2]) if fits else self._too_large())
             del buffer[: self._at + 2]
             self._at = 0
         elif marker == TEM or 0xD0 <= marker <= 0xD7:
