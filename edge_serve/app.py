@@ -20,7 +20,7 @@ from edge_serve.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, Confi
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import threads
-from edge_serve.model.engine import Engine
+from edge_serve.model.engine import Engine, with_best_threads
 from edge_serve.model.interpreter import Runtime, load_runtime
 from edge_serve.model.repository import ModelVersion, find
 from edge_serve.pipeline import Pipeline
@@ -53,17 +53,37 @@ def find_model(config: Config, pipeline: PipelineConfig) -> ModelVersion:
 
 
 def open_engine(
-    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
+    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime, number: int = 1
 ) -> tuple[Engine, Meaning]:
-    """Load a pipeline's model and settle what its tensors mean."""
+    """Load a pipeline's model on a number of threads and settle what its tensors mean."""
     model = pipeline.model
     delegate = model.delegate or "auto"
-    measured = threads.key(version.file, runtime, delegate, model.signature)
-    known = model.threads or threads.recall(config.state_dir, measured)
-    engine = Engine.open(version.file, runtime=runtime, delegate=delegate, threads=known, signature=model.signature)
-    if not known:
-        threads.remember(config.state_dir, measured, engine.threads)
+    engine = Engine.open(version.file, runtime=runtime, delegate=delegate, threads=number, signature=model.signature)
     return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
+
+
+def choose_threads(
+    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
+) -> tuple[int, Callable[[Engine], Engine] | None]:
+    """Give the threads to begin with: as configured, else as measured before, else 1 and what measures them.
+
+    Measuring waits until the pipeline is ready: it is done once for each model and board, and no start waits for it.
+    """
+    model, delegate = pipeline.model, pipeline.model.delegate or "auto"
+    if model.threads:
+        return model.threads, None
+    name = threads.key(version.file, runtime, delegate, model.signature)
+    known = threads.recall(config.state_dir, name)
+    if known:
+        return known, None
+
+    def measure(engine: Engine) -> Engine:
+        best = with_best_threads(engine, runtime, delegate)
+        threads.remember(config.state_dir, name, best.threads)
+        log.info("%s: measured: runs best on %d thread%s", pipeline.name, best.threads, "s"[: best.threads != 1])
+        return best
+
+    return 1, measure
 
 
 @dataclass(slots=True)
@@ -83,7 +103,8 @@ def build(config: Config, pipeline: PipelineConfig, runtime: Runtime, fatal: Cal
     """Make the parts of a pipeline, nothing of it started. UsageError names the pipeline and what is wrong."""
     try:
         version = find_model(config, pipeline)
-        engine, meaning = open_engine(config, pipeline, version, runtime)
+        number, tune = choose_threads(config, pipeline, version, runtime)
+        engine, meaning = open_engine(config, pipeline, version, runtime, number)
         counters = Counters()
         info = model_info(version, engine)
         decoder = meaning.decoder(engine)
@@ -137,13 +158,14 @@ def build(config: Config, pipeline: PipelineConfig, runtime: Runtime, fatal: Cal
             sinks,
             counters,
             fatal,
+            tune,
         )
     except UsageError as error:
         raise ConfigError(str(config.path), [Problem(pipeline.key, f"pipeline {pipeline.name!r}: {error}")]) from error
     cores = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
-    number = f" version {info.version}" if info.version is not None else ""
+    which = f" version {info.version}" if info.version is not None else ""
     summary = (
-        f"model {info.name}{number} ({info.variant}) on {info.delegate} "
+        f"model {info.name}{which} ({info.variant}) on {info.delegate} "
         f"({engine.claims.taken} of {engine.claims.total} operators), {cores}, {runtime.name}"
     )
     return Line(
@@ -206,6 +228,7 @@ class App:
         )
         for line in self.lines:
             line.pipeline.warm()
+            line.pipeline.tune()
         # What the start has made stays; the collector need not look at it again.
         gc.collect()
         gc.freeze()

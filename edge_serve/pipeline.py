@@ -40,6 +40,7 @@ class Pipeline:
         sinks: Sequence[SinkRunner],
         counters: Counters,
         fatal: Callable[[BaseException], None],
+        tune: Callable[[Engine], Engine] | None = None,
     ) -> None:
         self.name = name
         self.counters = counters
@@ -52,6 +53,8 @@ class Pipeline:
         self._mailbox = mailbox
         self._sinks = sinks
         self._fatal = fatal
+        self._tune = tune
+        self._tune_now = False
         self._thread = threading.Thread(target=self._run, name=f"worker.{name}", daemon=True)
 
     def start(self) -> None:
@@ -61,6 +64,10 @@ class Pipeline:
     def warm(self) -> None:
         """Pay what only the first frame would cost otherwise; may run beside the worker."""
         self._intake.warm()
+
+    def tune(self) -> None:
+        """Let the worker measure how its model runs best, before its next frame."""
+        self._tune_now = True
 
     def join(self, timeout: float | None) -> bool:
         """Wait until the mailbox has ended and is worked off; False if `timeout` seconds were not enough."""
@@ -72,6 +79,8 @@ class Pipeline:
             next_tick = 0.0
             while True:
                 delivery = self._mailbox.take(TICK_S)
+                if self._tune_now and self._tune is not None:
+                    self._engine, self._tune = self._tune(self._engine), None
                 if delivery is not None:
                     self._work(delivery)
                 elif self._mailbox.drained:

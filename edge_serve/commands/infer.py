@@ -11,6 +11,7 @@ import click
 
 from edge_serve.errors import EXIT_USAGE, EdgeServeError, InputError
 from edge_serve.frame import Capture, Delivery, Frame, Result
+from edge_serve.sources.file import TYPES
 from edge_serve.spec import InputSpec, OutputSpec
 
 MAX_INPUT_BYTES = 256 * 1024 * 1024
@@ -34,7 +35,7 @@ Examples:
 @click.option(
     "--kind", type=click.Choice(["image", "window", "tensor"]), help="What the inputs are, if the model does not say."
 )
-@click.option("--content-type", help="Content type of the inputs (default: by their first bytes).")
+@click.option("--content-type", help="Content type of the inputs (default: by their names, else their first bytes).")
 @click.option("--scale", type=float, help="Images: pixels are multiplied by this.")
 @click.option("--mean", help="Images: subtracted then; one number, or one for each channel with commas.")
 @click.option("--std", help="Images: divided by then; likewise.")
@@ -105,6 +106,8 @@ class _Session:
         )
         meaning = settle(version, self._engine, overlay_in, overlay_out, Path.cwd())
         self._meaning = meaning
+        # What the bundle says of payloads without a type is about messages; a file has a name.
+        self._content_type = overlay_in.content_type
         self._counters = Counters()
         self._decode = meaning.decoder(self._engine)
         self._info = model_info(version, self._engine)
@@ -119,7 +122,7 @@ class _Session:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         # Each file stands for itself: no window reaches from one into the next.
         intake = self._meaning.intake(self._engine, self._counters, None)
-        kind = self._meaning.input.content_type or ("text/csv" if path.suffix.lower() == ".csv" else None)
+        kind = self._content_type or TYPES.get(path.suffix.lower())
         start = time.perf_counter()
         frame = Frame(path.name, str(path), Capture.now(), kind, payload)
         try:

@@ -64,7 +64,8 @@ class Engine:
         """Load and warm a .tflite file; `threads` = 0 chooses by measurement. ModelError says why it cannot be used."""
         delegate = delegates.choose(delegate)
         if threads == 0:
-            return _choose_threads(path, runtime, delegate, signature)
+            one = cls.open(path, runtime=runtime, delegate=delegate, threads=1, signature=signature)
+            return with_best_threads(one, runtime, delegate)
         interpreter = runtime.open(path, threads=threads, xnnpack=delegate == "xnnpack")
         key = signatures.choose(interpreter, signature, str(path))
         binding = signatures.bind(interpreter, key, str(path))
@@ -141,15 +142,19 @@ def _detection_outputs(interpreter: Any, binding: signatures.Binding) -> tuple[s
     return None
 
 
-def _choose_threads(path: Path, runtime: Runtime, delegate: str, signature: str | None) -> Engine:
-    """Open the model with 1, 2, 4 … threads up to the cores that this process may use, and keep the fastest."""
-    best = Engine.open(path, runtime=runtime, delegate=delegate, threads=1, signature=signature)
+def with_best_threads(best: Engine, runtime: Runtime, delegate: str) -> Engine:
+    """Try 2, 4 … threads up to the cores that this process may use; gives the fastest engine and closes the others.
+
+    `best` is open on 1 thread. Takes some tens of milliseconds; models that are faster than a hand-over between threads are
+    left as they are.
+    """
     best_time = _trial(best)
     candidate = 2
     while best_time >= WORTH_SPLITTING_S and candidate <= min(available_cores(), MOST_THREADS):
-        engine = Engine.open(path, runtime=runtime, delegate=delegate, threads=candidate, signature=signature)
+        engine = Engine.open(best.path, runtime=runtime, delegate=delegate, threads=candidate, signature=best.signature)
         elapsed = _trial(engine)
         if elapsed >= best_time * TRIAL_GAIN:
+            engine.close()
             break
         best.close()
         best, best_time = engine, elapsed

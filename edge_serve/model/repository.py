@@ -72,7 +72,7 @@ def _held_against(
 ) -> ModelVersion:
     """Refuse a version or variant that was asked for where there is only one, and that is another."""
     if version != "latest":
-        _number(opened.file, version, {opened.version: opened.file} if opened.version else {}, version_labels)
+        _number(opened.file, version, {} if opened.version is None else {opened.version: opened.file}, version_labels)
     if opened.bundle is None and variant not in (None, ONLY_VARIANT):
         raise ModelError(f"{opened.file}: has no variant {variant!r}: it is a single file; leave variant out")
     return opened

@@ -66,7 +66,8 @@ def settle(
     if inputs.kind is None:
         inputs = replace(inputs, kind="image" if _looks_like_an_image(engine.inputs) else "tensor")
     if outputs.type is None:
-        kind = "detection" if engine.detection_outputs else "classification" if labels is not None else "tensor"
+        scores = labels is not None or outputs.top_k is not None or outputs.activation is not None
+        kind = "detection" if engine.detection_outputs else "classification" if scores else "tensor"
         outputs = replace(outputs, type=kind)  # type: ignore[arg-type]  # one of the three
     return Meaning(inputs, outputs, labels)
 
