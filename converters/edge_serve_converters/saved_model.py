@@ -1,0 +1,132 @@
+"""SavedModels inside the child process: loading, describing, running in float, and tracing again with fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_serve.errors import UsageError
+from edge_serve_converters import store
+from edge_serve_converters.channel import Report, first_line
+
+
+def load(tf: Any, path: str) -> Any:
+    """Load a SavedModel; UsageError says why it cannot be."""
+    try:
+        return tf.saved_model.load(path)
+    except Exception as error:  # damaged files and missing custom operators raise anything
+        raise UsageError(
+            f"{path}: tensorflow {tf.__version__} cannot load this SavedModel ({first_line(error)}); "
+            "export it again, and check that it needs no custom operators"
+        ) from error
+
+
+def describe(tf: Any, loaded: Any) -> dict[str, Any]:
+    """Give signature → inputs and outputs → name → shape (-1 dynamic, None unknown) and dtype."""
+    signatures = {}
+    for key, function in loaded.signatures.items():
+        outputs = function.structured_outputs
+        signatures[key] = {
+            "inputs": {name: _tensor(spec) for name, spec in function.structured_input_signature[1].items()},
+            "outputs": {name: _tensor(spec) for name, spec in outputs.items()} if isinstance(outputs, Mapping) else {},
+        }
+    return {"tensorflow": tf.__version__, "signatures": signatures}
+
+
+def _tensor(spec: Any) -> dict[str, Any]:
+    rank = spec.shape.rank
+    shape = None if rank is None else [-1 if size is None else int(size) for size in spec.shape]
+    return {"shape": shape, "dtype": spec.dtype.name}
+
+
+def run(tf: Any, function: Any, inputs: store.Arrays, step: Callable[[], None]) -> store.Arrays:
+    """Run a signature on every run of the inputs; UsageError if the SavedModel itself fails on them."""
+    results: dict[str, list[Any]] = {}
+    for number in range(store.runs(inputs)):
+        given = {name: tf.constant(np.asarray(array[number])) for name, array in inputs.items()}
+        try:
+            for name, value in function(**given).items():
+                results.setdefault(name, []).append(np.asarray(value))
+        except Exception as error:  # any operator of the model may fail in its own way
+            raise UsageError(
+                f"the SavedModel itself fails on an input of this shape ({first_line(error)}); check --input-shape"
+            ) from error
+        step()
+    for name, values in results.items():
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise UsageError(
+                f"output {name!r} has a shape that depends on the values of the input ({list(shapes[0])}, {list(shapes[-1])}); "
+                "device models have fixed shapes: pad the output in the model to its largest size"
+            )
+    return {name: np.stack(values) for name, values in results.items()}
+
+
+def reference(tf: Any, loaded: Any, signatures: Sequence[Mapping[str, Any]], report: Report) -> None:
+    """Run the signatures on their data (pairs of folders: inputs, outputs) and write what the float model gives."""
+    jobs = [
+        (entry["key"], store.load(Path(source)), Path(target))
+        for entry in signatures
+        for source, target in entry["data"]
+    ]
+    total = sum(store.runs(inputs) for _, inputs, _ in jobs)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        report("reference", done, total)
+
+    for key, inputs, target in jobs:
+        store.save(target, run(tf, loaded.signatures[key], inputs, step))
+
+
+def trace(
+    tf: Any, loaded: Any, signatures: Sequence[Mapping[str, Any]], target: Path, *, freeze: bool, dynamic_batch: bool
+) -> str:
+    """Save the signatures again with fixed input shapes and the same names; gives the new SavedModel's path.
+
+    With `freeze` the weights become constants of the graph. That survives every way of building a model, but it takes
+    apart the composite functions (Keras 2 LSTM, detection post-processing) that the converter turns into one operator:
+    so it is the second choice. With `dynamic_batch` only the batch stays open.
+    """
+    traced = {}
+    for entry in signatures:
+        function = loaded.signatures[entry["key"]]
+        specs = {}
+        for tensor in entry["inputs"]:
+            shape = list(tensor["shape"])
+            if dynamic_batch and tensor["batched"]:
+                shape[0] = None
+            specs[tensor["name"]] = tf.TensorSpec(shape, getattr(tf, tensor["dtype"]), name=tensor["name"])
+        fixed = _concrete(tf, function, specs)
+        traced[entry["key"]] = _freeze(tf, fixed, specs) if freeze else fixed
+    holder = tf.Module()
+    if not freeze:
+        # The variables must be reachable from what is saved.
+        holder.original = loaded
+    tf.saved_model.save(holder, str(target), signatures=traced)
+    return str(target)
+
+
+def _concrete(tf: Any, function: Any, specs: Mapping[str, Any]) -> Any:
+    def call(**inputs: Any) -> Any:
+        return function(**inputs)
+
+    return tf.function(call, autograph=False).get_concrete_function(**specs)
+
+
+def _freeze(tf: Any, function: Any, specs: Mapping[str, Any]) -> Any:
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    names = sorted(specs)  # both tf.nest and the frozen function order by name
+    outputs = sorted(function.structured_outputs)
+    frozen = convert_variables_to_constants_v2(function)
+
+    def call(**inputs: Any) -> Any:
+        return dict(zip(outputs, frozen(*[inputs[name] for name in names]), strict=True))
+
+    return tf.function(call, autograph=False).get_concrete_function(**specs)

@@ -1,0 +1,1 @@
+"""Unit tests: one module each, real models and a real interpreter, no other process and no network."""
