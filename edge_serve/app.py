@@ -16,7 +16,7 @@ from typing import Any
 from edge_serve import plugins
 from edge_serve.config import Config, PipelineConfig
 from edge_serve.config import load as load_config
-from edge_serve.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, ConfigError, Problem, UsageError
+from edge_serve.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, ConfigError, GoneError, Problem, UsageError
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import threads
@@ -191,7 +191,10 @@ class App:
         self._on_ready = on_ready
 
     def _fatal(self, error: BaseException) -> None:
-        log.critical("a thread failed: %s: %s", type(error).__name__, error, exc_info=error)
+        if isinstance(error, GoneError):
+            log.error("stopping: %s", error)
+        else:
+            log.critical("a thread failed: %s: %s", type(error).__name__, error, exc_info=error)
         self._failure = error
         self._wake.set()
 
@@ -253,14 +256,15 @@ class App:
     def _end(self) -> int:
         """Stop in order: sources stop reading, workers drain, sinks flush, sources close."""
         finished = self._signal is None and self._failure is None
-        grace = self.config.grace_s
+        # After a failure nothing can be finished; what was not acknowledged comes again.
+        grace = self.config.grace_s if self._failure is None else 0.0
         deadline = time.monotonic() + grace
         if not finished and self._failure is None:
             log.info("stopping: frames in work get %g s to finish", grace)
         for line in self.lines:
             if not finished:
                 # Nothing more comes in; what was taken is worked off.
-                line.source.stop_reading()
+                line.source.stop_reading(deadline)
                 line.mailbox.end()
         for line in self.lines:
             if not line.pipeline.join(None if finished else max(0.0, deadline - time.monotonic())):

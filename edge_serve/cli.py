@@ -26,6 +26,11 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        for parameter in command.params:
+            # By the option's name as the user writes it; click's own way would take the Python parameter's.
+            long = next((name for name in parameter.opts if name.startswith("--")), None)
+            if long is not None:
+                parameter.envvar = f"EDGE_SERVE_{cmd_name}_{long[2:]}".upper().replace("-", "_")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -48,7 +53,6 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "auto_envvar_prefix": "EDGE_SERVE",
         "max_content_width": 100,
     },
     epilog='Shell completion, bash: eval "$(_EDGE_SERVE_COMPLETE=bash_source edge-serve)" (zsh, fish: likewise).',

@@ -472,7 +472,10 @@ def _state_dir(top: _TopKeys | None, path: Path) -> Path:
     for variable, below in (("STATE_DIRECTORY", ""), ("XDG_STATE_HOME", "edge-serve")):
         if os.environ.get(variable):
             return Path(os.environ[variable].split(":", 1)[0]) / below
-    return Path("~/.local/state/edge-serve").expanduser()
+    try:
+        return Path.home() / ".local/state/edge-serve"
+    except RuntimeError:  # a user without a home, as services have
+        return Path("/var/lib/edge-serve")
 
 
 def password_of(config: Config, name: str) -> str | None:

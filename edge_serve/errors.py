@@ -9,6 +9,7 @@
     ├── GateError                      exit 1: a check, gate or comparison said no
     ├── UnavailableError               exit 3: not now; retrying may help (broker, socket, device, disk)
     │   └── SendError                  a sink could not deliver this result now
+    ├── GoneError                      exit 3: an end of the pipeline is closed for good (standard output); the run ends
     ├── InputError                     one input is bad; it gets an error result and is settled ("bad_input")
     │   └── TooLargeError              one input is over its limit ("too_large")
     ├── InferenceError                 the interpreter failed on one input ("inference_failed")
@@ -92,6 +93,12 @@ class UnavailableError(EdgeServeError):
 
 class SendError(UnavailableError):
     """A sink could not deliver a result now; the runner keeps it and tries again."""
+
+
+class GoneError(EdgeServeError):
+    """Whoever took the results is gone and will not come back; there is nothing left to run for."""
+
+    exit_code = EXIT_UNAVAILABLE
 
 
 class InputError(EdgeServeError):

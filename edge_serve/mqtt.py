@@ -10,6 +10,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,10 @@ PUBLISH = 0x30
 # MQTT 5, 2.4: the broker is out of quota for now; the same publish may succeed later.
 QUOTA_EXCEEDED = 0x97
 NOT_AUTHORIZED = 0x87
+# A network that is dead, not cut, takes no DISCONNECT; after this long it is closed without one.
+GOODBYE_S = 1.0
+# While nothing is read, the network thread looks this often whether it may go on, and sends what has to be sent.
+PAUSE_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +58,49 @@ class Message:
     user: Mapping[str, str]
     skipped: int
 
+    @property
+    def size(self) -> int:
+        """Count the bytes that are kept of it."""
+        texts = (self.topic, self.content_type or "", self.response_topic or "")
+        return len(self.payload) + sum(map(len, texts)) + len(self.correlation or b"")
+
 
 class _Client(paho.Client):
     """paho with a bound on what one packet may take of memory, and with acknowledgements that the kernel sends at once.
 
     paho buffers a packet of any announced length. Here the rest of a PUBLISH beyond `limit` is read and let go, so that
     the message still arrives, marked, and can be answered and acknowledged instead of coming back for ever.
+
+    While `flowing` is not set nothing is read, so that the broker has to wait; acknowledgements and pings still leave.
     """
 
-    def __init__(self, limit: int, **options: Any) -> None:
+    def __init__(self, limit: int, died: Callable[[Exception], None], **options: Any) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, **options)
         self.limit = limit
         self.skipped = 0
         self._skip = 0
+        self._died = died
+        self.flowing = threading.Event()
+        self.flowing.set()
+
+    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
+        """Run the network thread; a packet that paho cannot read ends it, and would do so without a word."""
+        try:
+            return super().loop_forever(timeout, retry_first_connection)
+        except Exception as error:  # noqa: BLE001  # whatever it is, somebody has to connect again
+            self._died(error)
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
 
     def _sock_recv(self, bufsize: int) -> bytes:
+        if not self.flowing.is_set():
+            self._is_alive()  # its answers to pings are not read either
+            if not self.flowing.wait(PAUSE_S):
+                raise BlockingIOError
         while self._skip:
             chunk = super()._sock_recv(min(self._skip, SKIP_CHUNK))
             if not chunk:
                 return chunk
+            self._is_alive()
             self._skip -= len(chunk)
         packet = self._in_packet
         if packet["have_remaining"] and not packet["packet"]:
@@ -84,12 +113,32 @@ class _Client(paho.Client):
                 self.skipped = packet["to_process"]
                 self._skip = packet["to_process"] - self.limit
                 packet["to_process"] = packet["remaining_length"] = self.limit
-        return super()._sock_recv(min(bufsize, packet["to_process"]) if packet["have_remaining"] else bufsize)
+        data = super()._sock_recv(min(bufsize, packet["to_process"]) if packet["have_remaining"] else bufsize)
+        if self._ping_t and data:
+            self._is_alive()
+        return data
+
+    def _is_alive(self) -> None:
+        # The answer to a ping comes behind a large message, and a slow network takes its time for that: whoever sends is
+        # alive. paho would disconnect, and the message would come again, for ever.
+        self._ping_t = 0.0
+        self._last_bytes_received = time.monotonic()
 
     def _quick_ack(self) -> None:
         sock: Any = self._sock
         if sock is not None and hasattr(socket, "TCP_QUICKACK") and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """A TLS socket that is closed when its handshake fails; paho forgets it then."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
 
 
 class Connection:
@@ -116,18 +165,22 @@ class Connection:
         self._receive_maximum = receive_maximum
         self._outcome: Exception | None = None
         self._answered = threading.Event()
-        self._subscribed: dict[int, list[ReasonCode] | None] = {}
         self._subscription = threading.Condition()
+        self._wanted: tuple[list[str], int] = ([], 0)
+        self._granted: list[ReasonCode] | None = None
+        self._awaited = True
         self._closing = False
         self._up = False
         self.send_limit = 65535
         """The broker's Receive Maximum: how many QoS 1 publishes may be unacknowledged."""
+        self._packet_limit: int | None = None
         url = urlsplit(self.broker.url)
         self._host = unquote(url.path) if url.scheme == "unix" else url.hostname or ""
         self._port = url.port or (8883 if url.scheme == "mqtts" else 1883)
         options: dict[str, Any] = {} if self._five else {"clean_session": clean}
         self._client = _Client(
             self.broker.max_payload + PACKET_OVERHEAD,
+            self._died,
             client_id=client_id,
             protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
             transport="unix" if url.scheme == "unix" else "tcp",
@@ -183,32 +236,55 @@ class Connection:
         """Subscribe and wait for the broker's consent; UnavailableError if it refuses or grants a lower QoS.
 
         `retained` asks for retained messages, once for each new subscription. MQTT 3.1.1 cannot ask: there they come
-        at every connect, marked as retained.
+        at every connect, marked as retained. Where the flow is held before the answer is there (a session may bring
+        much), a refusal is told through `on_lost`.
         """
         how = SubscribeOptions(
             qos=qos,
             retainHandling=SubscribeOptions.RETAIN_SEND_IF_NEW_SUB if retained else SubscribeOptions.RETAIN_DO_NOT_SEND,
         )
         wanted: Any = [(each, how) if self._five else (each, qos) for each in filters]
+        self._wanted = (filters, qos)
         code, mid = self._client.subscribe(wanted)
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
             raise UnavailableError(f"{self.address}: cannot subscribe: {paho.error_string(code)}")
         with self._subscription:
-            done = self._subscription.wait_for(
-                lambda: mid in self._subscribed or not self._client.is_connected(), self.broker.connect_timeout_s
+            self._subscription.wait_for(
+                lambda: (
+                    self._granted is not None or not self._client.is_connected() or not self._client.flowing.is_set()
+                ),
+                self.broker.connect_timeout_s,
             )
-            codes = self._subscribed.pop(mid, None)
-        if not done or codes is None:
-            raise UnavailableError(f"{self.address}: the broker does not answer the subscription")
+            self._awaited = False
+            if self._granted is None:
+                if not self._client.flowing.is_set() and self._client.is_connected():
+                    return
+                raise UnavailableError(f"{self.address}: the broker does not answer the subscription")
+        if refusal := self._refusal(self._granted):
+            raise refusal
+
+    def _refusal(self, codes: list[ReasonCode]) -> UnavailableError | None:
+        filters, qos = self._wanted
         for each, reason in zip(filters, codes, strict=False):
             if reason.is_failure:
-                raise UnavailableError(
+                return UnavailableError(
                     f"{self.address}: refuses the subscription to {each!r}: {reason}; check the broker's access rules"
                 )
             if reason.value < qos:
-                raise UnavailableError(
+                return UnavailableError(
                     f"{self.address}: grants only QoS {reason.value} for {each!r}; this pipeline needs {qos}"
                 )
+        return None
+
+    def hold(self) -> None:
+        """Read no more messages; what is to be sent is sent on."""
+        self._client.flowing.clear()
+        with self._subscription:
+            self._subscription.notify_all()
+
+    def go_on(self) -> None:
+        """Read messages again."""
+        self._client.flowing.set()
 
     def publish(
         self,
@@ -221,7 +297,10 @@ class Connection:
         correlation: bytes | None = None,
         retain: bool = False,
     ) -> int:
-        """Send a message; gives its packet id, by which `on_sent` tells its fate (QoS 1). SendError if that fails now."""
+        """Send a message; gives its packet id, by which `on_sent` tells its fate (QoS 1).
+
+        SendError if that fails now, PublishRefusedError if it will always fail.
+        """
         properties = None
         if self._five:
             properties = Properties(PacketTypes.PUBLISH)
@@ -232,12 +311,29 @@ class Connection:
             if correlation is not None:
                 properties.CorrelationData = correlation
         try:
+            if self._packet_limit is not None:
+                self._check_size(topic, payload, properties)
             info = self._client.publish(topic, payload, qos, retain, properties)
         except ValueError as error:
-            raise SendError(f"{self.address}: cannot publish to {topic!r}: {error}") from error
+            raise PublishRefusedError(f"{self.address}: cannot publish to {topic!r}: {error}", lasting=True) from error
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             raise SendError(f"{self.address}: cannot publish: {paho.error_string(info.rc)}")
         return info.mid
+
+    def _check_size(self, topic: str, payload: bytes, properties: Properties | None) -> None:
+        # Fixed header, topic length and packet id take at most 9 bytes. A broker closes the connection over a packet
+        # that it has said it will not take (MQTT 5, 3.2.2.3.6), as often as it is sent.
+        size = 9 + len(topic.encode()) + len(payload) + (len(properties.pack()) if properties is not None else 0)
+        if self._packet_limit is not None and size > self._packet_limit:
+            raise ValueError(
+                f"{len(payload)} bytes are over the broker's limit of {self._packet_limit} for a packet; raise that, "
+                "or let the result say less (top_k, threshold, max_objects)"
+            )
+
+    @property
+    def has_room(self) -> bool:
+        """Say whether the broker takes one more QoS 1 publish now; over its Receive Maximum it disconnects."""
+        return len(self._client._out_messages) < self.send_limit
 
     def acknowledge(self, packet_id: int) -> None:
         """Send the PUBACK of a QoS 1 message; if the connection is gone, so is the need to."""
@@ -247,13 +343,22 @@ class Connection:
         """Disconnect and end the network thread; may be called twice, not from a callback."""
         self._closing = True
         self._client.disconnect()
+        thread = self._client._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(GOODBYE_S)
+            if thread.is_alive():
+                self.break_off()
         self._client.loop_stop()
 
     def break_off(self) -> None:
         """Cut the connection from inside a callback; the broker keeps the session."""
         sock: Any = self._client.socket()
         if sock is not None:
-            sock.shutdown(socket.SHUT_RDWR)
+            try:
+                # Not SSLSocket's own: that one gives encrypted bytes as received ones from then on.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                pass  # it is gone already
 
     def _connected(
         self, _client: Any, _data: Any, flags: Any, reason: ReasonCode, properties: Properties | None
@@ -265,12 +370,19 @@ class Connection:
         else:
             if self._five and properties is not None:
                 self.send_limit = int(getattr(properties, "ReceiveMaximum", 65535))
+                self._packet_limit = getattr(properties, "MaximumPacketSize", None)
             if self._on_session is not None:
                 self._on_session(bool(flags.session_present))
         self._answered.set()
 
     def _disconnected(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        error = UnavailableError(f"{self.address}: connection lost: {reason}")
+        self._lost(UnavailableError(f"{self.address}: connection lost: {reason}"))
+
+    def _died(self, error: Exception) -> None:
+        log.error("%s: the connection's thread failed", self.address, exc_info=error)
+        self._lost(UnavailableError(f"{self.address}: a packet cannot be handled: {type(error).__name__}: {error}"))
+
+    def _lost(self, error: UnavailableError) -> None:
         if not self._answered.is_set():
             self._outcome = error
             self._answered.set()
@@ -310,13 +422,21 @@ class Connection:
             failed = reason.is_failure
             self._on_sent(
                 mid,
-                PublishRefusedError(f"{self.address}: refuses the message: {reason}", reason.value) if failed else None,
+                PublishRefusedError(
+                    f"{self.address}: refuses the message: {reason}",
+                    lasting=reason.value not in (QUOTA_EXCEEDED, NOT_AUTHORIZED),
+                )
+                if failed
+                else None,
             )
 
     def _suback(self, _client: Any, _data: Any, mid: int, codes: list[ReasonCode], _properties: Any) -> None:
         with self._subscription:
-            self._subscribed[mid] = codes
+            self._granted = codes
             self._subscription.notify_all()
+            late = not self._awaited
+        if late and (refusal := self._refusal(codes)):
+            self._lost(refusal)
 
     def _no_delay(self, _client: Any, _data: Any, sock: Any) -> None:
         # Without it Nagle's algorithm and delayed ACKs make a QoS 1 round trip take 44 ms.
@@ -325,19 +445,18 @@ class Connection:
 
 
 class PublishRefusedError(SendError):
-    """The broker answered a publish with a reason code of 0x80 or more."""
+    """A message that the broker does not take (a reason code of 0x80 or more), or that MQTT cannot carry."""
 
-    def __init__(self, message: str, reason: int) -> None:
+    def __init__(self, message: str, *, lasting: bool) -> None:
         super().__init__(message)
-        self.reason = reason
-        self.lasting = reason not in (QUOTA_EXCEEDED, NOT_AUTHORIZED)
+        self.lasting = lasting
         """Whether the same message would be refused for ever; quotas pass, and rights can be given."""
 
 
 def _password(config: Config, broker: str) -> str | None:
     try:
         return password_of(config, broker)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UnavailableError(f"the password of {config.brokers[broker].url} cannot be read: {error}") from error
 
 
@@ -345,6 +464,7 @@ def _tls(config: Config, broker: MqttBroker) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=str(config.resolve(broker.ca_file)) if broker.ca_file else None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = _TlsSocket
         if broker.cert_file is not None and broker.key_file is not None:
             # A password would be asked for at a terminal that a service does not have.
             context.load_cert_chain(

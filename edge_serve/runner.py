@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from edge_serve.errors import SourceExhausted, StoppedError, UnavailableError
+from edge_serve.errors import GoneError, SourceExhausted, StoppedError, UnavailableError
 from edge_serve.frame import Result
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
@@ -35,28 +35,41 @@ QUEUED_RESULTS = 8
 
 
 class Backoff:
-    """Delays between attempts that double up to a limit, each with jitter, so that a fleet does not come back as one."""
+    """Delays between attempts that double up to a limit, each with jitter, so that a fleet does not come back as one.
+
+    A connection alone is no success: whoever is let in and thrown out again must not come back at once, for ever.
+    """
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._delay = 0.0
         self._said = ""
         self._said_at = 0.0
+        self._announced = False
+        self._connected_at: float | None = None
 
     def failed(self, error: Exception) -> float:
         """Note a failure; gives the seconds until the next attempt, and logs it if there is something new to say."""
+        now = time.monotonic()
+        if self._connected_at is not None and now - self._connected_at > LONGEST_DELAY_S:
+            self._delay = 0.0
+        self._connected_at = None
         self._delay = min(LONGEST_DELAY_S, self._delay * 2 if self._delay else FIRST_DELAY_S)
         wait = self._delay * random.uniform(0.5, 1.0)  # noqa: S311  # jitter, no secret
-        now = time.monotonic()
         if str(error) != self._said or now - self._said_at > REPEAT_S:
             log.warning("%s: %s; trying again for as long as it takes", self._what, error)
-            self._said, self._said_at = str(error), now
+            self._said, self._said_at, self._announced = str(error), now, True
         return wait
 
-    def succeeded(self) -> None:
-        """Note a success; the next failure begins anew."""
-        if self._said:
+    def connected(self) -> None:
+        """Note that the connection stands."""
+        self._connected_at = time.monotonic()
+        if self._announced:
             log.info("%s: connected again", self._what)
+            self._announced = False
+
+    def worked(self) -> None:
+        """Note that something came through; the next failure begins anew."""
         self._delay, self._said = 0.0, ""
 
 
@@ -86,9 +99,9 @@ class SourceRunner:
             while not self._stop.is_set():
                 try:
                     self._source.connect()
-                    backoff.succeeded()
+                    backoff.connected()
                     self.connected.set()
-                    self._read()
+                    self._read(backoff)
                 except UnavailableError as error:
                     self.connected.clear()
                     self._source.close()
@@ -100,22 +113,26 @@ class SourceRunner:
         except BaseException as error:  # noqa: BLE001  # a thread that dies in silence would look like a quiet source
             self._fatal(error)
 
-    def _read(self) -> None:
+    def _read(self, backoff: Backoff) -> None:
         while not self._stop.is_set():
             delivery = self._source.read(TICK_S)
             if delivery is None:
                 continue
+            backoff.worked()
             self._counters.came_in()
             while not self._mailbox.put(delivery, TICK_S):
                 if self._stop.is_set():
                     delivery.settle(StoppedError("the service is stopping"))
                     break
 
-    def stop_reading(self) -> None:
-        """End the thread; the connection stays, so that what is in work can still be acknowledged."""
+    def stop_reading(self, deadline: float) -> None:
+        """End the thread; the connection stays, so that what is in work can still be acknowledged.
+
+        Waits until `deadline` (monotonic seconds) at most: an attempt to connect cannot be broken off.
+        """
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Close the connection."""
@@ -151,7 +168,11 @@ class SinkRunner:
         self._order = 0
         self._epoch = 0
         self._connected = False
+        self._failed = False
         self._stopping = False
+        self._backoff = Backoff(f"{name}: sink")
+        self._next_attempt = 0.0
+        self._rejected_at = -REPEAT_S
         self._outcomes: queue.SimpleQueue[tuple[_Item, int, Exception | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"sink.{name}", daemon=True)
         self.connected = threading.Event()
@@ -176,13 +197,20 @@ class SinkRunner:
         else:
             self._pump()
 
+    def _may_send(self) -> bool:
+        """Say whether there is a result to send and room for it. The lock is held."""
+        ready = self._connected and not self._failed and bool(self._waiting)
+        return ready and len(self._on_the_way) < self._sink.window
+
     def _pump(self) -> None:
         """Send what waits, as far as the send window goes."""
         while True:
+            with self._lock:
+                if not self._may_send():
+                    return  # without waiting for a connection that is just being made
             with self._sending:
                 with self._lock:
-                    room = self._connected and self._waiting and len(self._on_the_way) < self._sink.window
-                    if not room:
+                    if not self._may_send():
                         return
                     item = self._waiting.popleft()
                     self._on_the_way[item.order] = item
@@ -190,26 +218,33 @@ class SinkRunner:
                     self._changed.notify()
                 try:
                     self._sink.send(item.result, partial(self._done, item, epoch))
-                except (UnavailableError, RejectedError) as error:
+                except RejectedError as error:
                     self._done(item, epoch, error)
-                    if isinstance(error, UnavailableError):
-                        return
+                except GoneError as error:
+                    with self._lock:
+                        self._failed = True
+                    self._fatal(error)
+                    return
+                except UnavailableError as error:
+                    with self._lock:
+                        # Nothing overtakes this result before the connection is made anew.
+                        self._failed = self._failed or epoch == self._epoch
+                    self._done(item, epoch, error)
+                    return
 
     def _done(self, item: _Item, epoch: int, error: Exception | None) -> None:
         # May run inside a client library's callback, under its locks: only the hand-over happens here.
         self._outcomes.put((item, epoch, error))
 
     def _run(self) -> None:
-        backoff = Backoff(f"{self.name}: sink")
-        next_attempt = 0.0
         try:
             while not self._finished():
                 wait: float | None = None
                 if not self._connected:
-                    if time.monotonic() >= next_attempt:
-                        next_attempt = time.monotonic() + self._connect(backoff)
+                    if time.monotonic() >= self._next_attempt:
+                        self._connect()
                     if not self._connected:
-                        wait = max(0.0, next_attempt - time.monotonic())
+                        wait = max(0.0, self._next_attempt - time.monotonic())
                 try:
                     outcome = self._outcomes.get(timeout=wait)
                 except queue.Empty:
@@ -218,23 +253,28 @@ class SinkRunner:
                     self._take(*outcome)
         except BaseException as error:  # noqa: BLE001  # a thread that dies in silence would hold all results for ever
             self._fatal(error)
+        finally:
+            # Here, too: an attempt to connect may outlast the one who stops this runner.
+            if self._stopping:
+                self._sink.close()
 
     def _finished(self) -> bool:
         with self._lock:
             return self._stopping and not self._waiting and not self._on_the_way
 
-    def _connect(self, backoff: Backoff) -> float:
-        """Try once; gives the seconds to wait before the next attempt."""
+    def _connect(self) -> None:
+        """Try once."""
         try:
-            self._sink.connect()
+            with self._sending:  # whoever still sends on the old connection is done with it first
+                self._sink.connect()
         except UnavailableError as error:
-            return backoff.failed(error)
-        backoff.succeeded()
+            self._next_attempt = time.monotonic() + self._backoff.failed(error)
+            return
+        self._backoff.connected()
         with self._lock:
-            self._connected = True
+            self._connected, self._failed = True, False
         self.connected.set()
         self._pump()
-        return 0.0
 
     def _take(self, item: _Item, epoch: int, error: Exception | None) -> None:
         with self._changed:
@@ -245,15 +285,29 @@ class SinkRunner:
                 self._changed.notify_all()
             else:
                 self._lost()
-        if isinstance(error, RejectedError):
-            self._counters.dropped("rejected")
-            log.error("%s: sink: result %s is lost: %s", self.name, item.result.frame_id, error)
-            error = None
         if error is None:
-            item.done(None)
-            self._pump()
+            self._backoff.worked()
+        elif isinstance(error, RejectedError):
+            self._rejected(item, error)
         else:
-            log.warning("%s: sink: %s", self.name, error)
+            self._next_attempt = time.monotonic() + self._backoff.failed(error)
+            return
+        item.done(None)
+        self._pump()
+
+    def _rejected(self, item: _Item, error: RejectedError) -> None:
+        self._counters.dropped("rejected")
+        now = time.monotonic()
+        often = now - self._rejected_at < REPEAT_S
+        log.log(
+            logging.DEBUG if often else logging.ERROR,
+            "%s: sink: result %s is lost, and others may be (counted as rejected): %s",
+            self.name,
+            item.result.frame_id,
+            error,
+        )
+        if not often:
+            self._rejected_at = now
 
     def _lost(self) -> None:
         """Put what is on the way back in line, in order, and connect again. The lock is held."""

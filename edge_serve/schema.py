@@ -187,7 +187,7 @@ def _convert_scalar(kind: Any, value: Any, key: str, problems: list[Problem], fi
     if type(value) is not kind:
         problems.append(Problem(key, f"must be {describe(kind)}, not {_show(value)}"))
         return _BAD
-    if kind is str and not _is_text(value):
+    if kind is str and not is_text(value):
         problems.append(Problem(key, f"holds a character that no file or topic can have: {_show(value)}"))
         return _BAD
     if kind is float and not math.isfinite(value):
@@ -201,9 +201,12 @@ def _convert_scalar(kind: Any, value: Any, key: str, problems: list[Problem], fi
     return value
 
 
-def _is_text(value: str) -> bool:
-    """Refuse what the system's calls do not take: NUL, and halves of characters (JSON can write them)."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+def is_text(value: str) -> bool:
+    """Tell text from what no file, topic or UTF-8 document can hold: NUL, and halves of characters (JSON can write them)."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def merge(base: T, over: T) -> T:

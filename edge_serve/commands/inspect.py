@@ -37,21 +37,22 @@ def describe(model: Path, number: str, variant: str | None, delegate: str, runti
     """Give everything that is known of a model, JSON-ready."""
     from edge_serve.model import delegate as delegates
     from edge_serve.model import signatures
-    from edge_serve.model.interpreter import load_runtime
+    from edge_serve.model.interpreter import load_runtime, reading
     from edge_serve.model.repository import find
 
     version = find(model, number, variant=variant)
     runtime = load_runtime(runtime_name)
     chosen = delegates.choose(delegate)
     interpreter = runtime.open(version.file, threads=1, xnnpack=chosen == "xnnpack")
-    claims = delegates.claims(interpreter)
     found = {}
-    for key in signatures.keys(interpreter):
-        binding = signatures.bind(interpreter, key, str(version.file))
-        found[key] = {
-            "inputs": [compact(spec) for _, spec in binding.inputs.values()],
-            "outputs": [compact(spec) for _, spec in binding.outputs.values()],
-        }
+    with reading(version.file):
+        claims = delegates.claims(interpreter)
+        for key in signatures.keys(interpreter):
+            binding = signatures.bind(interpreter, key, str(version.file))
+            found[key] = {
+                "inputs": [compact(spec) for _, spec in binding.inputs.values()],
+                "outputs": [compact(spec) for _, spec in binding.outputs.values()],
+            }
     manifest = version.bundle.manifest if version.bundle is not None else None
     return {
         "v": 1,

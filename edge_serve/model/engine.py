@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import InferenceError, InputError, ModelError
+from edge_serve.errors import InferenceError, InputError, ModelError, TooLargeError
 from edge_serve.model import delegate as delegates
 from edge_serve.model import signatures
-from edge_serve.model.interpreter import Runtime
+from edge_serve.model.interpreter import Runtime, reading
 
 if TYPE_CHECKING:
     from edge_serve.frame import Array
 
 DETECTION_OPERATOR = "TFLite_Detection_PostProcess"
+# The interpreter's memory grows with a dynamic batch and is kept: one input shall not take all of a small board's.
+MAX_BATCH = 1024
 WARM_UP_RUNS = 2
 # Choosing threads: each candidate gets about this long, at least some runs and at most some, after its warm-up.
 TRIAL_SECONDS = 0.02
@@ -67,12 +69,13 @@ class Engine:
             one = cls.open(path, runtime=runtime, delegate=delegate, threads=1, signature=signature)
             return with_best_threads(one, runtime, delegate)
         interpreter = runtime.open(path, threads=threads, xnnpack=delegate == "xnnpack")
-        key = signatures.choose(interpreter, signature, str(path))
-        binding = signatures.bind(interpreter, key, str(path))
-        for name, (_, spec) in (*binding.inputs.items(), *binding.outputs.items()):
-            if spec.dtype == "string":
-                raise ModelError(f"{path}: tensor {name!r} holds text; text models are not supported, feed numbers")
-        engine = cls(path, interpreter, binding, delegate, threads)
+        with reading(path):
+            key = signatures.choose(interpreter, signature, str(path))
+            binding = signatures.bind(interpreter, key, str(path))
+            for name, (_, spec) in (*binding.inputs.items(), *binding.outputs.items()):
+                if spec.dtype == "string":
+                    raise ModelError(f"{path}: tensor {name!r} holds text; text models are not supported, feed numbers")
+            engine = cls(path, interpreter, binding, delegate, threads)
         engine.warm()
         return engine
 
@@ -114,6 +117,8 @@ class Engine:
         fits = len(shape) == len(declared) and all(
             want in (-1, have) for want, have in zip(declared, shape, strict=True)
         )
+        if fits and len(shape) > 1 and declared[0] == -1 and shape[0] > MAX_BATCH:
+            raise TooLargeError(f"input {name!r} is a batch of {shape[0]}; {MAX_BATCH} at most are run at a time")
         if not fits or self._runner is not None:
             raise InputError(f"input {name!r} has shape {list(shape)}, the model takes {list(declared)}")
         try:

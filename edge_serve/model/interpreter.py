@@ -6,12 +6,13 @@ is installed, LiteRT before tflite-runtime.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,15 @@ def check_file(path: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a runtime raises over names and numbers of a damaged file, which it loads without a word, into ModelError."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"{path}: is damaged ({_first_line(error)}); copy or convert the model again") from error
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(". ") if str(error).strip() else type(error).__name__
 
@@ -88,7 +98,7 @@ def _first_line(error: Exception) -> str:
 def _remedy(error: Exception) -> str:
     text = str(error)
     if "edgetpu-custom-op" in text:
-        return ". It was compiled for an Edge TPU; use the bundle's CPU variant, or the delegate edgetpu"
+        return ". It was compiled for an Edge TPU; use the bundle's CPU variant, or convert the model without the Edge TPU's compiler"
     if "Select TensorFlow op" in text or "Flex" in text:
         return ". It holds TensorFlow (Flex) operators, which device runtimes do not have; convert it again with `edge-serve convert`"
     if "unresolved custom op" in text:
@@ -105,7 +115,7 @@ def load_runtime(choice: str = "auto") -> Runtime:
     if choice == "auto":
         found = [name for name, module in MODULES.items() if importlib.util.find_spec(module) is not None]
         if not found:
-            raise RuntimeMissingError(_how_to_install())
+            raise RuntimeMissingError(f"no TFLite runtime is installed. {_how_to_install()}")
         choice = found[0]
     if choice not in MODULES:
         raise RuntimeMissingError(f"unknown runtime {choice!r}; known: auto, {', '.join(MODULES)}")
@@ -136,14 +146,14 @@ def _how_to_install() -> str:
     machine = os.uname().machine if hasattr(os, "uname") else "unknown"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     bits = struct.calcsize("P") * 8
-    here = f"no TFLite runtime is installed for Python {python} ({bits} bit, {machine})"
+    here = f"For Python {python} ({bits} bit, {machine})"
     if bits == 32:
         if sys.version_info >= (3, 12):
             return (
-                f"{here}. On 32-bit ARM only tflite-runtime exists, and only for Python up to 3.11: "
+                f"{here} none exists: on 32-bit ARM there is only tflite-runtime, up to Python 3.11; "
                 "use the 64-bit Raspberry Pi OS, or the 32-bit one named Bookworm (Python 3.11)"
             )
-        return f"{here}. On 32-bit ARM: `pip install 'tflite-runtime>=2.14' 'numpy<2'` (from apt: python3-numpy python3-pil)"
+        return f"{here}: `pip install 'tflite-runtime>=2.14' 'numpy<2'` (from apt: python3-numpy python3-pil)"
     if machine in ("x86_64", "AMD64", "aarch64", "arm64"):
-        return f"{here}. Run: `pip install ai-edge-litert`"
-    return f"{here}. Neither ai-edge-litert nor tflite-runtime has a wheel for this machine; build one of them from source and install it"
+        return f"{here}: `pip install ai-edge-litert`"
+    return f"{here} neither ai-edge-litert nor tflite-runtime has a wheel; build one of them from source and install it"

@@ -41,7 +41,7 @@ def assign_roles(
             f"detection needs to know which outputs hold {', '.join(missing)}; name them under [pipeline.output]: {', '.join(outputs)}"
         )
     boxes = outputs[roles["boxes"]].shape
-    if boxes[-1] not in (4, -1):
+    if boxes[-1:] not in ((4,), (-1,)):
         raise ModelError(f"output {roles['boxes']!r} has shape {list(boxes)}, which are no boxes [1, N, 4]")
     return roles
 

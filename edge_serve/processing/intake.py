@@ -6,7 +6,6 @@ One payload is one job (pictures, tensors), or a sample that completes a window 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +14,9 @@ import numpy as np
 
 from edge_serve.bundle import TensorSpec
 from edge_serve.errors import InputError, ModelError
-from edge_serve.frame import Capture, Delivery, Frame, Settle, Window, parse_time
+from edge_serve.frame import LATEST, Capture, Delivery, Frame, Settle, Window, parse_time
 from edge_serve.processing import tensor as tensors
+from edge_serve.schema import is_text
 from edge_serve.spec import InputSpec
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ def labelled(frame: Frame, document: Any, spec: InputSpec) -> Frame:
             not isinstance(value, (str, int))
             or isinstance(value, bool)
             or len(str(value)) > MAX_ID_LENGTH
-            or not str(value).isprintable()  # MQTT takes no control characters
+            or not is_text(str(value))
         ):
             raise InputError(
-                f"{spec.id_field!r} (the frame's id) must be printable text or a whole number of at most {MAX_ID_LENGTH} characters"
+                f"{spec.id_field!r} (the frame's id) must be text or a whole number of at most {MAX_ID_LENGTH} characters"
             )
         frame = dataclasses.replace(frame, id=str(value))
     if spec.time_field is not None and spec.time_field in document:
@@ -159,12 +159,7 @@ def read_time(value: Any, name: str) -> float:
             return parse_time(value)
         except (ValueError, OverflowError) as error:
             raise InputError(f"{name!r} is no RFC 3339 time with a zone: {value[:40]!r}") from error
-    # Until the year 9999: what datetime can write.
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and 0 <= value < 253402300800
-    ):
+    # NaN is not in there, either.
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < LATEST:
         return float(value)
     raise InputError(f"{name!r} must be RFC 3339 text or seconds since 1970")

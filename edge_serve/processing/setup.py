@@ -39,11 +39,13 @@ class Meaning:
 
     def intake(self, engine: Engine, counters: Counters, hold_limit: int | None) -> Intake:
         """Make what turns deliveries into jobs."""
+        # Classes and boxes are of one input: a batch is refused before the model has run (and grown) for it.
+        inputs = engine.inputs if self.output.type == "tensor" else _one_each(engine.inputs)
         if self.input.kind == "window":
             from edge_serve.processing.window import WindowIntake  # csv and more, only where there are windows
 
-            return WindowIntake(self.input, engine.inputs, counters, hold_limit)
-        return SingleIntake(self.input, engine.inputs)
+            return WindowIntake(self.input, inputs, counters, hold_limit)
+        return SingleIntake(self.input, inputs)
 
 
 def settle(
@@ -70,6 +72,14 @@ def settle(
         kind = "detection" if engine.detection_outputs else "classification" if scores else "tensor"
         outputs = replace(outputs, type=kind)  # type: ignore[arg-type]  # one of the three
     return Meaning(inputs, outputs, labels)
+
+
+def _one_each(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Give the inputs with a dynamic batch fixed to 1; the only dimension of a tensor is no batch."""
+    return {
+        name: replace(spec, shape=(1, *spec.shape[1:])) if len(spec.shape) > 1 and spec.shape[0] == -1 else spec
+        for name, spec in inputs.items()
+    }
 
 
 def _looks_like_an_image(inputs: Mapping[str, TensorSpec]) -> bool:

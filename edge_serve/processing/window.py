@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import InputError, ModelError
+from edge_serve.errors import InputError, ModelError, TooLargeError
 from edge_serve.frame import Capture, Delivery, Frame, Settle, Window
 from edge_serve.health import Counters
 from edge_serve.processing import tensor as tensors
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_MAX_KEYS = 1024
 DEFAULT_TIMEOUT_S = 300.0
 MAX_KEY_LENGTH = 1024
+# What all windows of one payload may hold together: 64 MiB of float32. A small hop multiplies what was sent.
+MAX_VALUES = 16 * 1024 * 1024
 # A source may hold back samples sooner than it says (a broker has limits of its own). When nothing has come for a while,
 # the oldest sample is settled: if another comes at once, that was it, and the number held is the limit from now on.
 FEWEST_HELD = 8
@@ -99,6 +101,11 @@ class WindowIntake:
         """Add the payload's samples; gives the windows that they complete. InputError if it holds no fitting samples."""
         frame = delivery.frame
         rows, key, frame = self._read(frame)
+        windows = len(rows) // self.hop + 1
+        if windows * self.length * self.channels > MAX_VALUES:
+            raise TooLargeError(
+                f"{len(rows)} samples in one payload would complete up to {windows} windows at once; send fewer at a time"
+            )
         jobs: list[Job] = []
         with self._lock:
             self._judge_probe(Capture.now().monotonic)
@@ -303,6 +310,8 @@ class WindowIntake:
         return tensors.fit(rows, self._row)
 
     def _json(self, document: Any) -> Any:
+        if isinstance(document, list) and document and all(isinstance(sample, dict) for sample in document):
+            return [self._columns(sample) for sample in document]
         if not isinstance(document, dict):
             return document
         if "samples" in document and "samples" not in (self._names or ()):
@@ -383,31 +392,31 @@ def _layout(spec: InputSpec, tensor: TensorSpec) -> tuple[int, int]:
         raise ModelError(
             f"input {tensor.name!r} has shape {list(tensor.shape)}, which is no window [1, length, channels]"
         )
+    if -1 in tensor.shape[1:]:
+        raise ModelError(
+            f"input {tensor.name!r} has a dynamic length {list(tensor.shape)}; convert it with a fixed --input-shape"
+        )
     sizes = list(tensor.shape[1:])
     if len(sizes) == 3 and 1 in sizes:
         sizes.remove(1)
     if len(sizes) == 1:
         named = len(spec.channels) if spec.channels else 1
-        length = spec.length or (sizes[0] // named if sizes[0] > 0 else 0)
+        length = spec.length or sizes[0] // named
         sizes = [length, named] if length * named == sizes[0] else [0, 0]
     if len(sizes) != 2:
         raise ModelError(
             f"input {tensor.name!r} has shape {list(tensor.shape)}, which is no window [1, length, channels]"
         )
     length = spec.length or sizes[0]
-    channels = sizes[1] if sizes[1] != -1 else len(spec.channels or ())
+    channels = sizes[1]
     if length < 1 or channels < 1:
         raise ModelError(
             f"input {tensor.name!r} has shape {list(tensor.shape)}; say length and channels under [pipeline.input]"
         )
-    if sizes[0] not in (-1, length):
+    if sizes[0] != length:
         raise ModelError(f"length = {length} does not fit the input {tensor.name!r} of shape {list(tensor.shape)}")
     if spec.channels is not None and len(spec.channels) != channels:
         raise ModelError(f"{len(spec.channels)} channels are named, the input {tensor.name!r} has {channels}")
-    if -1 in tensor.shape[1:]:
-        raise ModelError(
-            f"input {tensor.name!r} has a dynamic length {list(tensor.shape)}; convert it with a fixed --input-shape"
-        )
     return length, channels
 
 

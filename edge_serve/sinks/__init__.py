@@ -56,7 +56,7 @@ class Sink(Protocol):
         """Send one result; `done` is called once, from any thread, with None when it is safe, or with an error.
 
         After an error (here or in `done`) the runner connects again and repeats what was not safe. RejectedError says
-        that this result will never be taken.
+        that this result will never be taken, GoneError (raised here) that none will be any more: the service ends.
         """
         ...
 

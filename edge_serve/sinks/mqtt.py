@@ -128,14 +128,23 @@ class MqttSink:
         connection = self._connection
         if connection is None:
             raise SendError("not connected")
-        packet_id = connection.publish(
-            self._topic,
-            result.to_json(),
-            self._options.qos,
-            content_type="application/json",
-            user={"edge-serve": "1", "id": result.frame_id},
-            retain=self._options.retain,
-        )
+        user = {"edge-serve": "1"}
+        # Ids come from outside; brokers disconnect over control characters. The document has the id in any case.
+        if result.frame_id.isprintable():
+            user["id"] = result.frame_id
+        try:
+            packet_id = connection.publish(
+                self._topic,
+                result.to_json(),
+                self._options.qos,
+                content_type="application/json",
+                user=user,
+                retain=self._options.retain,
+            )
+        except SendError as error:
+            if getattr(error, "lasting", False):
+                raise RejectedError(str(error)) from error
+            raise
         # The network thread may have been faster; no lock of ours is held while paho holds its own.
         with self._lock:
             if packet_id not in self._early:

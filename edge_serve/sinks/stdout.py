@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass
 
 from edge_serve.config import Wiring
-from edge_serve.errors import Problem, SendError, UnavailableError
+from edge_serve.errors import GoneError, Problem, SendError, UnavailableError
 from edge_serve.frame import Result
 from edge_serve.sinks import SYNCHRONOUS, Done, SinkContext
 
@@ -53,6 +53,8 @@ class StdoutSink:
             with _LOCK:
                 while data:
                     data = data[os.write(self._fd, data) :]
+        except BrokenPipeError as error:
+            raise GoneError("whoever read standard output is gone") from error
         except OSError as error:
             raise SendError(f"standard output cannot be written: {error.strerror}") from error
         done(None)

@@ -40,6 +40,12 @@ MAX_ID_LENGTH = 256
 TICK_S = 0.25
 # A connection that answers an error and closes gets this long to take the answer.
 FAREWELL_S = 2.0
+# Answers that a client has not read yet; with more, it is not read either: a client that only sends fills no memory.
+MAX_UNREAD = 1024 * 1024
+# How long no connection is accepted when the process has no file descriptor left.
+ACCEPT_PAUSE_S = 1.0
+# Whether somebody listens on a Unix socket shows at once, unless its process hangs.
+PROBE_S = 1.0
 TOKEN_CREDENTIAL = "socket-token"  # noqa: S105  # the name of a credential, not one
 TOKEN_VARIABLE = "EDGE_SERVE_SOCKET_TOKEN"  # noqa: S105  # likewise
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -127,6 +133,7 @@ class SocketSource:
         self._token: bytes | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._accept_again: float | None = None
 
     @classmethod
     def check(cls, options: SocketSourceOptions, key: str, wiring: Wiring) -> list[Problem]:
@@ -146,11 +153,11 @@ class SocketSource:
                         "Use 127.0.0.1, or set allow_remote = true and a token",
                     )
                 )
-            elif _token(wiring.config, options) is None:
+            elif not _has_token(wiring.config, options):
                 problems.append(
                     Problem(
                         join(key, "token_file"),
-                        "is missing, and allow_remote needs a token",
+                        "is missing or empty, and allow_remote needs a token",
                         "Name a file that holds one",
                     )
                 )
@@ -203,6 +210,8 @@ class SocketSource:
         """Bind and listen."""
         options = self._options
         self._token = _token(self._config, options)
+        if self._token is None and options.token_file is not None:
+            raise UnavailableError(f"{options.listen}: {self._config.resolve(options.token_file)} holds no token")
         try:
             self._listener = self._listen_unix() if options.listen.startswith("unix:") else self._listen_tcp()
         except OSError as error:
@@ -221,6 +230,7 @@ class SocketSource:
     def _listen_unix(self) -> socket.socket:
         path = Path(_parse_address(self._options.listen)[1])
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(PROBE_S)
             try:
                 probe.connect(str(path))
             except FileNotFoundError:
@@ -229,38 +239,49 @@ class SocketSource:
                 # Left by a process that was killed: nobody listens there.
                 if stat.S_ISSOCK(path.lstat().st_mode):
                     path.unlink()
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"{self._options.listen}: a process that does not answer listens there; stop it or use another path"
+                ) from error
             else:
                 raise UnavailableError(
                     f"{self._options.listen}: another process listens there; stop it or use another path"
                 )
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Nobody may connect between bind and chmod.
-        previous = os.umask(0o777)
         try:
             listener.bind(str(path))
-        finally:
-            os.umask(previous)
-        self._path = path
-        status = path.stat()
-        self._inode = (status.st_dev, status.st_ino)
-        if self._options.group is not None:
-            import shutil  # rarely needed
+            self._path = path
+            status = path.stat()
+            self._inode = (status.st_dev, status.st_ino)
+            if self._options.group is not None:
+                import shutil  # rarely needed
 
-            try:
-                shutil.chown(path, group=self._options.group)
-            except LookupError as error:
-                raise UnavailableError(f"{self._options.listen}: there is no group {self._options.group!r}") from error
-        path.chmod(int(self._options.mode, 8))
-        listener.listen(128)
+                try:
+                    shutil.chown(path, group=self._options.group)
+                except LookupError as error:
+                    raise UnavailableError(
+                        f"{self._options.listen}: there is no group {self._options.group!r}"
+                    ) from error
+            path.chmod(int(self._options.mode, 8))
+            # Not earlier: until now whoever tries to connect is refused, whatever the mode was.
+            listener.listen(128)
+        except BaseException:
+            listener.close()
+            self._remove_path()
+            raise
         return listener
 
     def _listen_tcp(self) -> socket.socket:
         _, host, port = _parse_address(self._options.listen)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(128)
+        except BaseException:
+            listener.close()
+            raise
         return listener
 
     @property
@@ -286,14 +307,19 @@ class SocketSource:
         self._stopping = True
         self._wake()
         thread.join()
-        if self._path is not None:
-            try:
-                status = self._path.lstat()
-                # Another process may have taken the path over in the meantime.
-                if (status.st_dev, status.st_ino) == self._inode:
-                    self._path.unlink()
-            except FileNotFoundError:
-                pass
+        self._remove_path()
+
+    def _remove_path(self) -> None:
+        path, self._path = self._path, None
+        if path is None:
+            return
+        try:
+            status = path.lstat()
+            # Another process may have taken the path over in the meantime.
+            if (status.st_dev, status.st_ino) == self._inode:
+                path.unlink()
+        except OSError as error:
+            log.debug("%s: cannot remove %s: %s", self._context.pipeline, path, error)
 
     # The thread.
 
@@ -322,10 +348,13 @@ class SocketSource:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # the client is gone already
         except OSError as error:
-            # The client is gone already, or the process has no file descriptor left: those who are there are served.
+            # The process has no file descriptor left: those who are there are served, others have to wait.
             log.warning("%s: cannot accept a connection: %s", self._context.pipeline, error)
-            time.sleep(0.01)
+            self._selector.unregister(self._listener)
+            self._accept_again = time.monotonic() + ACCEPT_PAUSE_S
             return
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
@@ -335,7 +364,7 @@ class SocketSource:
             connection = _Connection(sock, self._opened, self._options, self._token is None)
             self._connections[connection.number] = connection
             self._interest(connection)
-            if len(self._connections) > self._options.max_connections:
+            if sum(each.closing_at is None for each in self._connections.values()) > self._options.max_connections:
                 self._farewell(
                     connection,
                     UnavailableError(
@@ -403,7 +432,11 @@ class SocketSource:
             self._interest(connection)
 
     def _may_go_on(self, connection: _Connection) -> bool:
-        return connection.unsettled < self._options.max_inflight and self._frame_bytes < self._options.max_bytes
+        return (
+            connection.unsettled < self._options.max_inflight
+            and connection.out_bytes < MAX_UNREAD
+            and self._frame_bytes < self._options.max_bytes
+        )
 
     def _may_receive(self, connection: _Connection) -> bool:
         """Bound the bytes of frames that are not complete, too: over the limit only the longest-waiting one goes on."""
@@ -437,17 +470,20 @@ class SocketSource:
 
     def _look_at_time(self) -> None:
         now = time.monotonic()
+        if self._accept_again is not None and now > self._accept_again and self._listener is not None:
+            self._accept_again = None
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         with self._lock:
             for connection in list(self._connections.values()):
+                waited_for = connection.reader.inside or not connection.authorized
                 if connection.closing_at is not None and now > connection.closing_at:
                     self._close(connection)
-                elif connection.events & selectors.EVENT_READ and connection.reader.inside:
+                elif connection.events & selectors.EVENT_READ and waited_for:
                     if now - connection.progress > self._options.frame_timeout_s:
+                        where = "inside a frame" if connection.authorized else "and no token"
                         self._farewell(
                             connection,
-                            ProtocolError(
-                                f"no byte for {self._options.frame_timeout_s:g} s inside a frame (frame_timeout_s)"
-                            ),
+                            ProtocolError(f"no byte for {self._options.frame_timeout_s:g} s {where} (frame_timeout_s)"),
                         )
                 elif not connection.closed:
                     # What bounded it may be over without any event of its own.
@@ -647,6 +683,8 @@ def _answers(identity: Any, results: Sequence[Result]) -> list[dict[str, Any]]:
             )
         else:
             document = result.to_dict()
+            if document["id"] == str(identity):
+                document["id"] = identity  # as the client wrote it: a number stays one
             # Both the message and the result have a "type": the message keeps the word.
             kind = document.pop("type")
             answers.append({"type": "result", **document, "result_type": kind})
@@ -663,6 +701,13 @@ def _parse_address(listen: str) -> tuple[str, str, int]:
     if url.scheme == "tcp" and url.hostname and url.port is not None:
         return "tcp", url.hostname, url.port
     raise ValueError(f"{listen!r} is no address to listen on")
+
+
+def _has_token(config: Config, options: SocketSourceOptions) -> bool:
+    try:
+        return _token(config, options) is not None
+    except UnavailableError:
+        return False
 
 
 def _token(config: Config, options: SocketSourceOptions) -> bytes | None:

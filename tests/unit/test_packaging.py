@@ -257,7 +257,7 @@ def test_a_wheel_holds_the_three_packages_whole_and_nothing_else(wheels: dict[st
     wanted = {
         f"{name}/{file.relative_to(folder).as_posix()}"
         for name, folder in PACKAGES.items()
-        for pattern in ("**/*.py", "py.typed", "demo/data/*.npz", "demo/models/**/*", "profiles/*.toml")
+        for pattern in ("**/*.py", "py.typed", "demo/data/**/*.npz", "demo/models/**/*", "profiles/*.toml")
         for file in folder.glob(pattern)
         if file.is_file()
     }
