@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,9 +23,7 @@ class Client:
         url = urlsplit(address)
         try:
             if url.scheme == "unix" and url.path:
-                self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._sock.settimeout(timeout)
-                self._sock.connect(url.path)
+                self._sock = _connect_unix(url.path, timeout)
             elif url.scheme == "tcp" and url.hostname and url.port:
                 self._sock = socket.create_connection((url.hostname, url.port), timeout)
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -45,6 +44,10 @@ class Client:
             self._sock.sendall(framing.encode(header, body))
         except OSError as error:
             raise UnavailableError(f"{self._address}: connection lost while sending: {error}") from error
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until there is something to receive; False if `seconds` were not enough."""
+        return self._reader.inside or bool(select.select([self._sock], [], [], seconds)[0])
 
     def receive(self) -> dict[str, Any] | None:
         """Give the next answer's header (with what came as a body laid over it); None when the server has closed."""
@@ -74,3 +77,14 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _connect_unix(path: str, timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import click
 
 from edge_serve.client import Client
-from edge_serve.errors import EXIT_GATE, ProtocolError, UsageError
+from edge_serve.errors import EXIT_GATE, UnavailableError, UsageError
 from edge_serve.processing.tensor import CSV, JSON
 
-# Frames that are sent before an answer is waited for: enough to keep the model busy, few enough for the server's window.
-WINDOW = 16
+# A server that hangs up says why; its last answer gets this long to come.
+LAST_WORDS_S = 2.0
 
 
 @click.command(
@@ -55,7 +56,10 @@ def send(
     """
     if not inputs and not describe:
         raise click.UsageError("give at least one input, or --describe")
-    token = token_file.read_text().strip() if token_file is not None else None
+    try:
+        token = token_file.read_text(encoding="utf-8").strip() if token_file is not None else None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{token_file}: the token cannot be read: {error}") from error
     with Client(address, timeout, token) as client:
         if describe:
             client.send({"type": "describe"})
@@ -68,32 +72,60 @@ def send(
             header["reply"] = False
         if key is not None:
             header["meta"] = {"key": key}
-        return _exchange(client, header, _frames(inputs, lines, content_type))
+        return _exchange(client, header, _frames(inputs, lines, content_type), timeout)
 
 
-def _exchange(client: Client, header: dict[str, Any], frames: Iterator[tuple[str, str | None, bytes]]) -> int:
-    waiting = failed = 0
-    answers_wanted = header.get("reply", True)
-    for identity, kind, body in frames:
-        client.send({**header, "id": identity, **({"content_type": kind} if kind else {})}, body)
-        if not answers_wanted:
-            continue
-        waiting += 1
-        while waiting >= WINDOW:
-            failed += _print(client.receive())
-            waiting -= 1
-    client.finish()
-    while (answer := client.receive()) is not None:
-        failed += _print(answer)
-    return EXIT_GATE if failed else 0
+def _exchange(
+    client: Client, header: dict[str, Any], frames: Iterator[tuple[str, str | None, bytes]], timeout: float
+) -> int:
+    answers = _Answers(client, timeout)
+    answers.start()
+    try:
+        for identity, kind, body in frames:
+            client.send({**header, "id": identity, **({"content_type": kind} if kind else {})}, body)
+            answers.expected += bool(header.get("reply", True))
+        client.finish()
+    except UnavailableError:
+        answers.join(LAST_WORDS_S)
+        if answers.failed:
+            return EXIT_GATE
+        raise
+    answers.ending = True
+    answers.join()
+    if answers.error is not None:
+        raise answers.error
+    if answers.received < answers.expected and not answers.failed:
+        missing = answers.expected - answers.received
+        raise UnavailableError(f"the server closed the connection before {missing} more answers were there")
+    return EXIT_GATE if answers.failed else 0
 
 
-def _print(answer: dict[str, Any] | None) -> int:
-    if answer is None:
-        raise ProtocolError("the server closed the connection before all answers were there")
-    if answer["type"] != "accepted":
-        click.echo(json.dumps(answer, ensure_ascii=False))
-    return int(answer["type"] == "error")
+class _Answers(threading.Thread):
+    """Prints answers as they come, whatever the sending does: a server may hold back whoever does not read."""
+
+    def __init__(self, client: Client, timeout: float) -> None:
+        super().__init__(name="answers", daemon=True)
+        self._client = client
+        self._timeout = timeout
+        self.expected = self.received = self.failed = 0
+        self.ending = False
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while True:
+                while not self._client.wait(self._timeout):
+                    if self.received < self.expected or self.ending:
+                        raise UnavailableError("no answer in time (--timeout)")
+                answer = self._client.receive()
+                if answer is None:
+                    break
+                self.received += 1
+                self.failed += answer["type"] == "error"
+                if answer["type"] != "accepted":
+                    click.echo(json.dumps(answer, ensure_ascii=False))
+        except Exception as error:  # noqa: BLE001  # raised again where the exit code is made
+            self.error = error
 
 
 def _frames(inputs: tuple[Path, ...], lines: bool, content_type: str | None) -> Iterator[tuple[str, str | None, bytes]]:

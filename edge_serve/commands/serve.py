@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from edge_serve.config import DEFAULT_FILE
-from edge_serve.errors import EdgeServeError
+from edge_serve.errors import EXIT_INTERRUPTED, EXIT_UNAVAILABLE, EdgeServeError
 from edge_serve.frame import format_time
 
 LOG_FORMATS = ("text", "json")
@@ -93,3 +93,8 @@ def run_plainly(file: Path) -> int:
     except EdgeServeError as error:
         sys.stderr.write(f"edge-serve: {error}\n")
         return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"edge-serve: {error}\n")
+        return EXIT_UNAVAILABLE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED

@@ -185,7 +185,9 @@ class MqttSource:
             connection.open()
             connection.subscribe(self._filters, options.qos, retained=options.retained)
         except UnavailableError as error:
-            if self._queue.empty():
+            with self._lock:
+                waiting = self._waiting_bytes > 0
+            if not waiting:
                 raise
             # What came before has its results first, even if this goes on for hours.
             self._lost(_Lost(epoch, error))

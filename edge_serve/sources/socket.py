@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 RECEIVE_CHUNK = 256 * 1024
 MAX_ID_LENGTH = 256
+MAX_KEY_LENGTH = 1024
 # How often time-outs are looked at.
 TICK_S = 0.25
 # A connection that answers an error and closes gets this long to take the answer.
@@ -44,8 +45,6 @@ FAREWELL_S = 2.0
 MAX_UNREAD = 1024 * 1024
 # How long no connection is accepted when the process has no file descriptor left.
 ACCEPT_PAUSE_S = 1.0
-# Whether somebody listens on a Unix socket shows at once, unless its process hangs.
-PROBE_S = 1.0
 TOKEN_CREDENTIAL = "socket-token"  # noqa: S105  # the name of a credential, not one
 TOKEN_VARIABLE = "EDGE_SERVE_SOCKET_TOKEN"  # noqa: S105  # likewise
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -105,6 +104,8 @@ class _Connection:
         self.out_bytes = 0
         self.progress = time.monotonic()
         self.half_closed = False
+        self.wrong: EdgeServeError | None = None
+        """Why it will be closed, as soon as what it sent before is answered."""
         self.closing_at: float | None = None
         self.closed = False
         self.events = 0
@@ -129,7 +130,7 @@ class SocketSource:
         self._frame_bytes = 0
         self._listener: socket.socket | None = None
         self._path: Path | None = None
-        self._inode: tuple[int, int] | None = None
+        self._inode: tuple[int, int, int] | None = None
         self._token: bytes | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -230,7 +231,7 @@ class SocketSource:
     def _listen_unix(self) -> socket.socket:
         path = Path(_parse_address(self._options.listen)[1])
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(PROBE_S)
+            probe.setblocking(False)
             try:
                 probe.connect(str(path))
             except FileNotFoundError:
@@ -239,7 +240,7 @@ class SocketSource:
                 # Left by a process that was killed: nobody listens there.
                 if stat.S_ISSOCK(path.lstat().st_mode):
                     path.unlink()
-            except TimeoutError as error:
+            except BlockingIOError as error:  # as many wait there as may
                 raise UnavailableError(
                     f"{self._options.listen}: a process that does not answer listens there; stop it or use another path"
                 ) from error
@@ -252,7 +253,7 @@ class SocketSource:
             listener.bind(str(path))
             self._path = path
             status = path.stat()
-            self._inode = (status.st_dev, status.st_ino)
+            self._inode = (status.st_dev, status.st_ino, status.st_mtime_ns)
             if self._options.group is not None:
                 import shutil  # rarely needed
 
@@ -316,7 +317,7 @@ class SocketSource:
         try:
             status = path.lstat()
             # Another process may have taken the path over in the meantime.
-            if (status.st_dev, status.st_ino) == self._inode:
+            if (status.st_dev, status.st_ino, status.st_mtime_ns) == self._inode:
                 path.unlink()
         except OSError as error:
             log.debug("%s: cannot remove %s: %s", self._context.pipeline, path, error)
@@ -364,8 +365,8 @@ class SocketSource:
             connection = _Connection(sock, self._opened, self._options, self._token is None)
             self._connections[connection.number] = connection
             self._interest(connection)
-            if sum(each.closing_at is None for each in self._connections.values()) > self._options.max_connections:
-                self._farewell(
+            if sum(each.wrong is None for each in self._connections.values()) > self._options.max_connections:
+                self._give_up(
                     connection,
                     UnavailableError(
                         f"more than {self._options.max_connections} connections (max_connections); try later"
@@ -415,7 +416,7 @@ class SocketSource:
     def _work(self, connection: _Connection) -> None:
         """Take what the connection has sent, as far as it may go on, and settle what is to be waited for next."""
         try:
-            while not connection.closed and connection.closing_at is None and self._may_go_on(connection):
+            while not connection.closed and connection.wrong is None and self._may_go_on(connection):
                 message = connection.reader.next()
                 if message is None:
                     if connection.half_closed:
@@ -423,7 +424,9 @@ class SocketSource:
                     break
                 self._message(connection, message)
         except ProtocolError as error:
-            self._farewell(connection, error)
+            self._give_up(connection, error)
+        if connection.wrong is not None and connection.unanswered == 0:
+            self._farewell(connection, connection.wrong)
         if not connection.closed and connection.half_closed and connection.closing_at is None:
             done = connection.unanswered == 0 and (self._options.answer == "at_once" or connection.unsettled == 0)
             if done and not connection.out and not connection.reader.inside:
@@ -442,7 +445,7 @@ class SocketSource:
         """Bound the bytes of frames that are not complete, too: over the limit only the longest-waiting one goes on."""
         if connection.closing_at is not None:
             return True
-        if not self._may_go_on(connection) or connection.half_closed:
+        if not self._may_go_on(connection) or connection.half_closed or connection.wrong is not None:
             return False
         held = self._frame_bytes + sum(each.reader.buffered for each in self._connections.values())
         if held < self._options.max_bytes:
@@ -481,7 +484,7 @@ class SocketSource:
                 elif connection.events & selectors.EVENT_READ and waited_for:
                     if now - connection.progress > self._options.frame_timeout_s:
                         where = "inside a frame" if connection.authorized else "and no token"
-                        self._farewell(
+                        self._give_up(
                             connection,
                             ProtocolError(f"no byte for {self._options.frame_timeout_s:g} s {where} (frame_timeout_s)"),
                         )
@@ -546,6 +549,12 @@ class SocketSource:
         body = message.body or b""
         source = f"{self._options.listen}#{connection.number}"
         key = meta.get("key")
+        if key is not None and (
+            not isinstance(key, (str, int)) or isinstance(key, bool) or len(str(key)) > MAX_KEY_LENGTH
+        ):
+            raise ProtocolError(
+                f'"key" in "meta" must be text or a whole number of at most {MAX_KEY_LENGTH} characters'
+            )
         frame = Frame(
             str(identity),
             self._options.listen,
@@ -577,7 +586,7 @@ class SocketSource:
             if settled:
                 connection.unsettled -= 1
                 self._frame_bytes -= pending.size
-        if settled or connection.half_closed:
+        if settled or connection.half_closed or connection.wrong is not None:
             self._wake()
 
     def _send(self, connection: _Connection, header: dict[str, Any]) -> None:
@@ -621,11 +630,18 @@ class SocketSource:
             except OSError:
                 self._close(connection)
 
+    def _give_up(self, connection: _Connection, error: EdgeServeError) -> None:
+        """Take nothing more from a connection; it is closed when all that it sent before is answered."""
+        if connection.wrong is None and not connection.closed:
+            log.info("%s: connection %d: %s", self._context.pipeline, connection.number, error)
+            connection.wrong = error
+            if connection.unanswered == 0:
+                self._farewell(connection, error)
+
     def _farewell(self, connection: _Connection, error: EdgeServeError) -> None:
         """Answer an error, then close the connection."""
         if connection.closed or connection.closing_at is not None:
             return
-        log.info("%s: connection %d: %s", self._context.pipeline, connection.number, error)
         connection.closing_at = time.monotonic() + FAREWELL_S
         self._send(connection, {"type": "error", "id": None, "code": error.code, "message": str(error)})
 
