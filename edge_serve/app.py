@@ -270,17 +270,18 @@ class App:
             if not line.pipeline.join(None if finished else max(0.0, deadline - time.monotonic())):
                 log.warning("%s: frames in work were not finished within %g s", line.name, grace)
                 line.mailbox.close()
-        unsent = self._flush(finished, deadline)
+        lost = self._flush(finished, deadline)
         for line in self.lines:
             line.pipeline.release(finished=finished)
             line.source.close()
             log.info("%s: %s", line.name, _account(line.counters.snapshot()))
-        if self._failure is not None or (finished and unsent):
+        if self._failure is not None or lost:
             return EXIT_UNAVAILABLE
         return EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_OK
 
     def _flush(self, finished: bool, deadline: float) -> int:
-        unsent = 0
+        """Send what is left; gives how many results stay unsent whose inputs do not come again."""
+        lost = 0
         for line in self.lines:
             for sink in line.sinks:
                 # Inputs from files do not come again: their results wait for upstream, or for a signal.
@@ -292,8 +293,8 @@ class App:
                 left = sink.stop(limit)
                 if left:
                     log.warning("%s: %d results are not upstream; their inputs were not acknowledged", line.name, left)
-                unsent += left
-        return unsent
+                lost += left if line.source.exhausted.is_set() else 0
+        return lost
 
 
 def _account(counts: dict[str, Any]) -> str:

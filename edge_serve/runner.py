@@ -87,6 +87,8 @@ class SourceRunner:
         self._stop = threading.Event()
         self.connected = threading.Event()
         """Set while connected; app.py waits for it to say ready."""
+        self.exhausted = threading.Event()
+        """Set when there will never be another input: what is lost then does not come again."""
         self._thread = threading.Thread(target=self._run, name=f"source.{name}", daemon=True)
 
     def start(self) -> None:
@@ -108,6 +110,7 @@ class SourceRunner:
                     self._stop.wait(backoff.failed(error))
                 except SourceExhausted as end:
                     log.info("%s: %s", self.name, end)
+                    self.exhausted.set()
                     break
             self._mailbox.end()
         except BaseException as error:  # noqa: BLE001  # a thread that dies in silence would look like a quiet source

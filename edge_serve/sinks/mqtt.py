@@ -12,6 +12,7 @@ from edge_serve.errors import Problem, SendError
 from edge_serve.frame import Result
 from edge_serve.schema import join, option
 from edge_serve.sinks import Done, RejectedError, SinkContext
+from edge_serve.topics import topic_matches
 
 if TYPE_CHECKING:
     from edge_serve.mqtt import Connection
@@ -52,8 +53,6 @@ class MqttSink:
     @classmethod
     def check(cls, options: MqttSinkOptions, key: str, wiring: Wiring) -> list[Problem]:
         """Find topics that are none, and results that would come back as inputs."""
-        from edge_serve.mqtt import topic_matches
-
         problems = []
         if options.broker not in wiring.config.brokers:
             table = f"[mqtt.{options.broker}]" if options.broker else "[mqtt]"

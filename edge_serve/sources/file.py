@@ -173,7 +173,7 @@ class _Stream:
         self._format = options.format
         try:
             self._fd = os.dup(sys.stdin.fileno()) if path == STDIN else os.open(path, OPEN_FLAGS)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:  # a process may have no standard input at all
             raise UnavailableError(f"{self._name}: cannot be opened: {error}") from error
         mode = os.fstat(self._fd).st_mode
         # A regular file is always ready, and epoll does not take it.

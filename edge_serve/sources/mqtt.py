@@ -20,6 +20,7 @@ from edge_serve.errors import Problem, SendError, TooLargeError, UnavailableErro
 from edge_serve.frame import Capture, Delivery, Frame, Result, Settle, parse_time
 from edge_serve.schema import join, option
 from edge_serve.sources import SourceContext
+from edge_serve.topics import filter_problem, topic_matches
 
 if TYPE_CHECKING:
     from edge_serve.mqtt import Connection, Message
@@ -110,8 +111,6 @@ class MqttSource:
     @classmethod
     def check(cls, options: MqttSourceOptions, key: str, wiring: Wiring) -> list[Problem]:
         """Find topics that are none, pairs of settings that cannot keep their promise, and brokers that are not there."""
-        from edge_serve.mqtt import filter_problem
-
         problems = []
         if options.broker not in wiring.config.brokers:
             table = f"[mqtt.{options.broker}]" if options.broker else "[mqtt]"
@@ -336,8 +335,6 @@ class MqttSource:
         topic = message.response_topic
         if not topic:
             return None
-        from edge_serve.mqtt import topic_matches
-
         if any(wild in topic for wild in "+#\0") or any(topic_matches(pattern, topic) for pattern in self._filters):
             # A reply there would be our own next input.
             self._context.counters.dropped("response_topic")

@@ -10,27 +10,22 @@ import contextlib
 import hmac
 import json
 import logging
-import os
 import queue
 import selectors
 import socket
-import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 from edge_serve import framing
-from edge_serve.config import Config, Wiring
+from edge_serve.config import Wiring
 from edge_serve.errors import EdgeServeError, Problem, ProtocolError, TooLargeError, UnavailableError
 from edge_serve.frame import Capture, Delivery, Frame, Result, parse_time
 from edge_serve.processing.tensor import KNOWN_TYPES
-from edge_serve.schema import join, option
-from edge_serve.sources import SourceContext
+from edge_serve.sources import SourceContext, listening
+from edge_serve.sources.listening import SocketSourceOptions
 
 log = logging.getLogger(__name__)
 
@@ -45,49 +40,6 @@ FAREWELL_S = 2.0
 MAX_UNREAD = 1024 * 1024
 # How long no connection is accepted when the process has no file descriptor left.
 ACCEPT_PAUSE_S = 1.0
-TOKEN_CREDENTIAL = "socket-token"  # noqa: S105  # the name of a credential, not one
-TOKEN_VARIABLE = "EDGE_SERVE_SOCKET_TOKEN"  # noqa: S105  # likewise
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-@dataclass(frozen=True, slots=True)
-class SocketSourceOptions:
-    """Inputs from local programs (and, where allowed, remote ones), which get the results as answers."""
-
-    listen: str = option(
-        doc="unix:///path/of/socket or tcp://127.0.0.1:9750", example="unix:///run/edge-serve/digits.sock"
-    )
-    policy: Literal["lossless", "latest"] = option(
-        "lossless",
-        "lossless: a client that sends faster than the model runs has to wait; latest: the newest frame wins",
-    )
-    answer: Literal["at_once", "when_safe"] = option(
-        "at_once", "at_once: a client gets its result as soon as it is there; when_safe: when all sinks have it, too"
-    )
-    mode: str = option("0660", "unix: permissions of the socket, octal", example="0660")
-    group: str | None = option(None, "unix: group of the socket", example="edge")
-    allow_remote: bool = option(False, "tcp: listen on addresses that are not loopback; needs a token")
-    token_file: str | None = option(
-        None,
-        "file with the token that clients must send first; else the credential socket-token, else EDGE_SERVE_SOCKET_TOKEN",
-        example="/etc/edge-serve/token",
-    )
-    max_payload: int = option(
-        framing.DEFAULT_MAX_PAYLOAD,
-        "bytes; a larger frame is skipped and answered with an error",
-        low=1,
-        high=256 * 1024 * 1024,
-    )
-    max_connections: int = option(64, "most connections at a time", low=1, high=10_000)
-    max_inflight: int = option(
-        32, "most frames of one connection that may be unsettled; then it is not read", low=1, high=65535
-    )
-    max_bytes: int = option(
-        64 * 1024 * 1024, "bytes of all connections' frames in memory; then only one goes on", low=1024
-    )
-    frame_timeout_s: float = option(
-        30.0, "seconds without a byte inside a frame after which the connection is closed", low=0.1, high=3600
-    )
 
 
 class _Connection:
@@ -129,8 +81,7 @@ class SocketSource:
         self._sequence = 0
         self._frame_bytes = 0
         self._listener: socket.socket | None = None
-        self._path: Path | None = None
-        self._inode: tuple[int, int, int] | None = None
+        self._address: listening.Listening | None = None
         self._token: bytes | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -139,63 +90,7 @@ class SocketSource:
     @classmethod
     def check(cls, options: SocketSourceOptions, key: str, wiring: Wiring) -> list[Problem]:
         """Find addresses that are none, remote access without a token, and two pipelines on one address."""
-        problems = []
-        try:
-            _parse_address(options.listen)
-        except ValueError as error:
-            return [Problem(join(key, "listen"), str(error), "Write unix:///path or tcp://127.0.0.1:port")]
-        url = urlsplit(options.listen)
-        if url.scheme == "tcp" and url.hostname not in LOOPBACK:
-            if not options.allow_remote:
-                problems.append(
-                    Problem(
-                        join(key, "listen"),
-                        f"{url.hostname} is not loopback",
-                        "Use 127.0.0.1, or set allow_remote = true and a token",
-                    )
-                )
-            elif not _has_token(wiring.config, options):
-                problems.append(
-                    Problem(
-                        join(key, "token_file"),
-                        "is missing or empty, and allow_remote needs a token",
-                        "Name a file that holds one",
-                    )
-                )
-        if options.token_file is not None and not os.access(wiring.config.resolve(options.token_file), os.R_OK):
-            problems.append(
-                Problem(
-                    join(key, "token_file"),
-                    f"{wiring.config.resolve(options.token_file)} is not there or cannot be read",
-                    "Check path and permissions",
-                )
-            )
-        try:
-            if not 0 <= int(options.mode, 8) <= 0o777:
-                raise ValueError
-        except ValueError:
-            problems.append(Problem(join(key, "mode"), f"{options.mode!r} is no octal mode", 'Write it as "0660"'))
-        if options.max_bytes < options.max_payload:
-            problems.append(
-                Problem(
-                    join(key, "max_bytes"),
-                    "is less than max_payload, so the largest frame would never fit",
-                    "Raise max_bytes or lower max_payload",
-                )
-            )
-        sharing = [
-            pipeline.name
-            for pipeline in wiring.config.pipelines
-            if isinstance(pipeline.source.options, SocketSourceOptions)
-            and pipeline.source.options.listen == options.listen
-        ]
-        if sharing and sharing[0] != wiring.pipeline.name:
-            problems.append(
-                Problem(
-                    join(key, "listen"), f"pipeline {sharing[0]!r} already listens there", "Give each its own address"
-                )
-            )
-        return problems
+        return listening.problems(options, key, wiring)
 
     @property
     def policy(self) -> str:
@@ -210,14 +105,11 @@ class SocketSource:
     def connect(self) -> None:
         """Bind and listen."""
         options = self._options
-        self._token = _token(self._config, options)
+        self._token = listening.token(self._config, options)
         if self._token is None and options.token_file is not None:
             raise UnavailableError(f"{options.listen}: {self._config.resolve(options.token_file)} holds no token")
-        try:
-            self._listener = self._listen_unix() if options.listen.startswith("unix:") else self._listen_tcp()
-        except OSError as error:
-            raise UnavailableError(f"{options.listen}: cannot listen: {error.strerror or error}") from error
-        self._listener.setblocking(False)
+        self._address = listening.Listening(options)
+        self._listener = self._address.socket
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -227,63 +119,6 @@ class SocketSource:
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name=f"socket.{self._context.pipeline}", daemon=True)
         self._thread.start()
-
-    def _listen_unix(self) -> socket.socket:
-        path = Path(_parse_address(self._options.listen)[1])
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(str(path))
-            except FileNotFoundError:
-                pass
-            except ConnectionRefusedError:
-                # Left by a process that was killed: nobody listens there.
-                if stat.S_ISSOCK(path.lstat().st_mode):
-                    path.unlink()
-            except BlockingIOError as error:  # as many wait there as may
-                raise UnavailableError(
-                    f"{self._options.listen}: a process that does not answer listens there; stop it or use another path"
-                ) from error
-            else:
-                raise UnavailableError(
-                    f"{self._options.listen}: another process listens there; stop it or use another path"
-                )
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(str(path))
-            self._path = path
-            status = path.stat()
-            self._inode = (status.st_dev, status.st_ino, status.st_mtime_ns)
-            if self._options.group is not None:
-                import shutil  # rarely needed
-
-                try:
-                    shutil.chown(path, group=self._options.group)
-                except LookupError as error:
-                    raise UnavailableError(
-                        f"{self._options.listen}: there is no group {self._options.group!r}"
-                    ) from error
-            path.chmod(int(self._options.mode, 8))
-            # Not earlier: until now whoever tries to connect is refused, whatever the mode was.
-            listener.listen(128)
-        except BaseException:
-            listener.close()
-            self._remove_path()
-            raise
-        return listener
-
-    def _listen_tcp(self) -> socket.socket:
-        _, host, port = _parse_address(self._options.listen)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-            listener.listen(128)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
 
     @property
     def port(self) -> int:
@@ -308,19 +143,8 @@ class SocketSource:
         self._stopping = True
         self._wake()
         thread.join()
-        self._remove_path()
-
-    def _remove_path(self) -> None:
-        path, self._path = self._path, None
-        if path is None:
-            return
-        try:
-            status = path.lstat()
-            # Another process may have taken the path over in the meantime.
-            if (status.st_dev, status.st_ino, status.st_mtime_ns) == self._inode:
-                path.unlink()
-        except OSError as error:
-            log.debug("%s: cannot remove %s: %s", self._context.pipeline, path, error)
+        if self._address is not None:
+            self._address.remove_path()
 
     # The thread.
 
@@ -705,38 +529,3 @@ def _answers(identity: Any, results: Sequence[Result]) -> list[dict[str, Any]]:
             kind = document.pop("type")
             answers.append({"type": "result", **document, "result_type": kind})
     return answers
-
-
-def _parse_address(listen: str) -> tuple[str, str, int]:
-    url = urlsplit(listen)
-    if url.scheme == "unix" and url.path.startswith("/") and not url.netloc:
-        # sun_path has 108 bytes, with its end.
-        if len(url.path.encode()) > 107:
-            raise ValueError(f"the path {url.path!r} is longer than the 107 bytes that a Unix socket's may have")
-        return "unix", url.path, 0
-    if url.scheme == "tcp" and url.hostname and url.port is not None:
-        return "tcp", url.hostname, url.port
-    raise ValueError(f"{listen!r} is no address to listen on")
-
-
-def _has_token(config: Config, options: SocketSourceOptions) -> bool:
-    try:
-        return _token(config, options) is not None
-    except UnavailableError:
-        return False
-
-
-def _token(config: Config, options: SocketSourceOptions) -> bytes | None:
-    """Give the token that clients have to send; None if none is asked for."""
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    credential = Path(folder, TOKEN_CREDENTIAL) if folder else None
-    try:
-        if options.token_file is not None:
-            token = config.resolve(options.token_file).read_bytes().strip()
-        elif credential is not None and credential.is_file():
-            token = credential.read_bytes().strip()
-        else:
-            token = os.environ.get(TOKEN_VARIABLE, "").encode()
-    except OSError as error:
-        raise UnavailableError(f"{options.listen}: the token cannot be read: {error}") from error
-    return token or None
