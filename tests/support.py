@@ -51,7 +51,7 @@ POLL_S = 0.005
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], what: str, timeout: float = PATIENCE_S) -> T:
+def wait_for(condition: Callable[[], T | None], what: str, timeout: float = PATIENCE_S) -> T:
     """Wait until `condition` gives something true, and give that; AssertionError names `what` did not come."""
     deadline = time.monotonic() + timeout
     while True:
@@ -379,9 +379,11 @@ class Client:
         self._client.on_message = self._message
         self._client.on_connect = self._connected
         self._client.on_subscribe = lambda *_: self._subscribed.set()
-        self._client.on_socket_open = lambda _client, _data, sock: sock.setsockopt(
-            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-        )
+
+        def no_delay(_client: Any, _data: Any, sock: Any) -> None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        self._client.on_socket_open = no_delay
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         if topics:
@@ -549,7 +551,13 @@ class Service:
                 assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.text}"
             return found
 
-        return wait_for(look, f"{pattern!r} in the log:\n{self.text}", timeout)  # type: ignore[return-value]
+        return wait_for(look, f"{pattern!r} in the log:\n{self.text}", timeout)
+
+    def said_at_last(self, pattern: str) -> re.Match[str]:
+        """Give what its log holds, after its end."""
+        found = re.search(pattern, self.text)
+        assert found is not None, f"{pattern!r} is not in the log:\n{self.text}"
+        return found
 
     def wait(self, timeout: float = PATIENCE_S) -> int:
         """Wait for its end; gives the exit code."""
@@ -652,8 +660,24 @@ class Raw:
         else:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.settimeout(PATIENCE_S)
-            sock.connect(str(address))
+            try:
+                sock.connect(str(address))
+            except OSError:
+                sock.close()
+                raise
         return cls(sock)
+
+    @classmethod
+    def connect_when_there(cls, path: Path) -> Raw:
+        """Connect to a Unix socket as soon as somebody listens."""
+
+        def attempt() -> Raw | None:
+            try:
+                return cls.connect(path)
+            except OSError:
+                return None
+
+        return wait_for(attempt, f"somebody listens on {path}")
 
     def send(self, data: bytes) -> Raw:
         """Send bytes as they are."""
@@ -699,7 +723,7 @@ class Raw:
 
     def answers(self, number: int) -> list[dict[str, Any]]:
         """Give that many answers."""
-        found = []
+        found: list[dict[str, Any]] = []
         for _ in range(number):
             answer = self.answer()
             assert answer is not None, f"the stream ended after {len(found)} of {number} answers"

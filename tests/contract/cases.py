@@ -151,7 +151,7 @@ class MqttSourceCase(SourceCase):
         return {"": MqttBroker(self.proxy.url, protocol=self.protocol, max_payload=self.limit, connect_timeout_s=5)}
 
     def feed(self, payload: bytes, identity: str | None = None) -> None:
-        user = {"user": {"id": identity}} if identity is not None else {}
+        user: dict[str, Any] = {"user": {"id": identity}} if identity is not None else {}
         self.client.publish("in/line", payload, ContentType="application/json", **user)
 
     def lose(self) -> None:

@@ -56,6 +56,16 @@ class Outcomes:
         assert not self.repeated
 
 
+def both(case: SinkCase) -> list[bytes]:
+    """Wait until two results have arrived, and give them."""
+
+    def look() -> list[bytes] | None:
+        found = case.received()
+        return found if len(found) == 2 else None
+
+    return wait_for(look, "both results")
+
+
 def test_its_options_are_a_documented_dataclass(sink_case: SinkCase) -> None:
     sink = sink_case.make()
     assert dataclasses.is_dataclass(sink.Options)
@@ -79,7 +89,7 @@ def test_a_result_arrives_as_it_is_written(sink_case: SinkCase) -> None:
         for result in (make_result("a"), make_failure("b")):
             outcomes.send(sink, result)
         outcomes.wait(2)
-        first, second = wait_for(lambda: found if len(found := sink_case.received()) == 2 else None, "both results")
+        first, second = both(sink_case)
     document = json.loads(first)
     expected = make_result("a").to_dict()
     for moving in ("age_ms", "captured_at"):
@@ -115,7 +125,7 @@ def test_any_id_arrives(sink_case: SinkCase, identity: str) -> None:
         outcomes.send(sink, make_result(identity))
         outcomes.send(sink, make_result("next"))
         outcomes.wait(2)
-        found = wait_for(lambda: found if len(found := sink_case.received()) == 2 else None, "both results")
+        found = both(sink_case)
     # UTF-8 has no halves of characters.
     assert [identity_of(each) for each in found] == [identity.encode(errors="replace").decode(), "next"]
 

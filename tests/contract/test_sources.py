@@ -38,7 +38,12 @@ def connected(case: SourceCase, *payloads: bytes) -> Iterator[Source]:
 @contextlib.contextmanager
 def fed(case: SourceCase, *payloads: bytes) -> Iterator[None]:
     """Feed these payloads from another thread, because a source may hold its writer back."""
-    feeding = threading.Thread(target=lambda: [case.feed(payload) for payload in payloads], name="test.feeding")
+
+    def feed() -> None:
+        for payload in payloads:
+            case.feed(payload)
+
+    feeding = threading.Thread(target=feed, name="test.feeding")
     feeding.start()
     yield
     feeding.join(10)

@@ -195,12 +195,17 @@ def read(mqtt: MqttSource, number: int) -> list[Delivery]:
     return found
 
 
+def read_on(mqtt: MqttSource) -> None:
+    """Read for ever; only an error ends it."""
+    while True:
+        assert mqtt.read(0.1) is None
+
+
 def lose(mqtt: MqttSource, proxy: Proxy) -> None:
     """Cut the source's connection and wait until it says so."""
     proxy.cut()
     with pytest.raises(UnavailableError):
-        while True:
-            assert mqtt.read(0.1) is None
+        read_on(mqtt)
 
 
 @pytest.mark.parametrize("protocol", [5, "3.1.1"])
@@ -248,8 +253,7 @@ def test_a_reused_packet_id_is_a_new_frame(tmp_path: Path, make_broker: Callable
             (old,) = read(mqtt, 1)
         broker.kill()
         with pytest.raises(UnavailableError):
-            while True:
-                mqtt.read(0.1)
+            read_on(mqtt)
         broker.start()
         mqtt.connect()
         with Client(broker.port) as publisher:
@@ -297,14 +301,17 @@ def test_the_worker_killed_in_between_loses_nothing(broker: Mosquitto, tmp_path:
     with Client(broker.port, "results") as client:
         with Service(path) as service:
             service.ready()
-            publishing = threading.Thread(
-                target=lambda: [client.publish("in/x", digit_png(n % 500), user={"id": str(n)}) for n in range(number)]
-            )
+
+            def publish() -> None:
+                for n in range(number):
+                    client.publish("in/x", digit_png(n % 500), user={"id": str(n)})
+
+            publishing = threading.Thread(target=publish)
             publishing.start()
             for share in (0.1, 0.25, 0.4):
                 client.wait(int(number * share))
                 service.kill()
-                service = Service(path)  # noqa: PLW2901  # the next life of the same device
+                service = Service(path)  # the next life of the same device
                 service.ready()
             publishing.join()
             results = client.wait_ids(ids)
@@ -701,22 +708,24 @@ def test_windows_longer_than_what_may_be_unacknowledged_do_not_stall(
         assert service.counts()["settled_early"] > 0, "an early settlement is counted"
 
 
+def cut_behind(service: InProcess, proxy: Proxy, broker: Mosquitto, sent: int) -> None:
+    """Wait until all samples so far are in windows and what is due is acknowledged; then cut, and wait for the return."""
+    wait_for(lambda: service.counts()["in"] == sent, "all so far")
+    wait_for(lambda: len(acknowledged(broker, "dev.motion.in")) >= max(0, (sent - 40) // 10 * 10), "acks")
+    accepted = proxy.accepted
+    proxy.cut()
+    wait_for(lambda: proxy.accepted > accepted, "it is back")
+
+
 def test_a_cut_puts_no_sample_into_a_window_twice(tmp_path: Path, broker: Mosquitto, proxy: Proxy) -> None:
     path = write_config(tmp_path, WINDOW, url=proxy.url, broker="", source="")
     series = motion_series(10)
     with Client(broker.port, "results") as client, InProcess(path) as service:
-        sent = 0
-        for sample in series:
-            client.publish("in/0", json.dumps(sample), user={"captured_at": f"2026-01-01T00:00:{sent / 10:06.3f}Z"})
-            sent += 1
+        for sent, sample in enumerate(series, 1):
+            moment = f"2026-01-01T00:00:{(sent - 1) / 10:06.3f}Z"
+            client.publish("in/0", json.dumps(sample), user={"captured_at": moment})
             if sent in (30, 62):
-                wait_for(lambda: service.counts()["in"] == sent, "all so far")
-                settled = len(acknowledged(broker, "dev.motion.in"))
-                wait_for(lambda: len(acknowledged(broker, "dev.motion.in")) >= max(0, (sent - 40) // 10 * 10), "acks")
-                accepted = proxy.accepted
-                proxy.cut()
-                wait_for(lambda: proxy.accepted > accepted, "it is back")
-                assert settled >= 0
+                cut_behind(service, proxy, broker, sent)
         results = [each.document for each in client.wait(6)]
         assert service.counts()["in"] == 100, "a redelivery became another sample"
     assert [each["window"]["from"] for each in results] == [f"2026-01-01T00:00:0{n}.000000Z" for n in range(6)]

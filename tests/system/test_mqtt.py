@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ class Site:
         """The topic of the results."""
         return f"{self.name}/results"
 
-    def config(self, **words: object) -> Path:
+    def config(self, **words: Any) -> Path:
         """Write the configuration."""
-        defaults: dict[str, object] = {
+        defaults: dict[str, Any] = {
             "device": self.name,
             "url": self.broker.url,
             "broker": "",
@@ -84,7 +84,7 @@ class Site:
         }
         return write_config(self.folder, CONFIG, **{**defaults, **words})
 
-    def serve(self, **words: object) -> InProcess:
+    def serve(self, **words: Any) -> InProcess:
         """Give the service, not started."""
         return InProcess(self.config(**words))
 
@@ -149,9 +149,9 @@ def test_both_protocols_bring_right_results(site: Site, protocol: int | str) -> 
     right = sum(by_source[f"{site.name}/in/{each}"] == digit_arrays()[1][each] for each in range(number))
     assert right >= number - 2, "the model is right in 97.8 %"
     assert [each.document["source"] for each in found] == [f"{site.name}/in/{each}" for each in range(number)]
-    for each in found:
+    for got in found:
         # MQTT 3.1.1 has no properties.
-        assert each.content_type == ("application/json" if protocol == 5 else None)
+        assert got.content_type == ("application/json" if protocol == 5 else None)
 
 
 @pytest.mark.parametrize("protocol", [5, "3.1.1"])
@@ -235,7 +235,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.fixture
 def tls_site(
     site: Site, make_broker: Callable[..., Mosquitto], certificates: Certificates, request: pytest.FixtureRequest
-) -> Iterator[Site]:
+) -> Site:
     """A broker with TLS, and a plain listener for the test's own client."""
     folder = certificates.folder
     plain = Mosquitto("", site.folder).port
@@ -250,7 +250,7 @@ def tls_site(
         "per_listener_settings false",
         "allow_anonymous true",
     ).start()
-    yield Site(site.folder, site.name, PlainPort(site.broker, plain))  # type: ignore[arg-type]
+    return Site(site.folder, site.name, PlainPort(site.broker, plain))  # type: ignore[arg-type]  # what clients need of it
 
 
 @dataclass
@@ -593,4 +593,4 @@ def test_the_same_client_id_twice_does_not_become_a_war(site: Site) -> None:
         again = site.broker.log_text().count(f"as {site.name}.digits.in ") - accepted
         assert again < 12, "both take the connection from each other without a pause"
         first.stop()
-        wait_for(lambda: second.app.lines[0].source.connected.is_set(), "the other has won")
+        wait_for(second.app.lines[0].source.connected.is_set, "the other has won")

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ CONFIG = """
     type = "file"
     path = "results.jsonl"
 """
-WINDOW = '[pipeline.input]\nkind = "window"\nhop = 10\nchannels = ["ax", "ay", "az", "gx", "gy", "gz"]'
+WINDOW = '[pipeline.input]\nkind = "window"\nhop = {hop}\nchannels = ["ax", "ay", "az", "gx", "gy", "gz"]'
 
 
 class Server:
@@ -59,9 +58,9 @@ class Server:
         self.folder = folder
         self.address = f"unix://{short}/in.sock"
 
-    def serve(self, model: Path = DIGITS, **words: object) -> InProcess:
+    def serve(self, model: Path = DIGITS, **words: Any) -> InProcess:
         """Give the service, not started."""
-        defaults: dict[str, object] = {"listen": self.address, "source": "", "input": "", "model": model}
+        defaults: dict[str, Any] = {"listen": self.address, "source": "", "input": "", "model": model}
         return InProcess(write_config(self.folder, CONFIG, **{**defaults, **words}))
 
     def results(self) -> list[dict[str, Any]]:
@@ -110,21 +109,21 @@ def test_standard_input_is_a_frame(server: Server) -> None:
     assert lines(done.stdout)[0]["result"]["classes"][0]["index"] == digit_arrays()[1][0]
 
 
-@pytest.mark.parametrize("answer", ["at_once", "when_safe"])
-def test_lines_of_samples_fill_windows(server: Server, tmp_path: Path, answer: str) -> None:
+@pytest.mark.parametrize(("answer", "hop", "windows"), [("at_once", 10, 6), ("when_safe", 50, 2)])
+def test_lines_of_samples_fill_windows(server: Server, tmp_path: Path, answer: str, hop: int, windows: int) -> None:
     names = ("ax", "ay", "az", "gx", "gy", "gz")
     samples = tmp_path / "samples.jsonl"
     samples.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in motion_series(10)))
     table = tmp_path / "samples.csv"
     table.write_text("".join(",".join(map(str, row)) + "\n" for row in motion_series(20)))
-    # Longer windows than may be unsettled, and many more samples than a client may have on its way.
-    with server.serve(MOTION, input=WINDOW, source=f'answer = "{answer}"'):
+    # Windows are longer than what a client that waits for answers in between would have on its way.
+    source = f'answer = "{answer}"\nmax_inflight = 1000'
+    with server.serve(MOTION, input=WINDOW.replace("{hop}", str(hop)), source=source):
         for file, recording in ((samples, 10), (table, 20)):
             done = edge_serve("send", server.address, "--lines", file, "--key", file.name, "--timeout", "5")
-            if answer == "at_once":
-                assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, done.stderr
             labels = [each["result"]["classes"][0]["index"] for each in lines(done.stdout)]
-            assert len(labels) == 6
+            assert len(labels) == windows
             assert {CLASSES[label] for label in labels} == {motion_label(recording)}
     assert {each["key"] for each in server.results()} == {"samples.jsonl", "samples.csv"}
 
@@ -177,7 +176,7 @@ def test_a_token_file_opens_the_door_and_a_wrong_one_is_told(server: Server, tmp
     pictures = [tmp_path / "a.png"] * 40
     with server.serve(source='token_file = "token"'):
         assert edge_serve("send", server.address, "--token-file", tmp_path / "token", *pictures).returncode == 0
-        for arguments in (["--token-file", tmp_path / "wrong"], []):
+        for arguments in (["--token-file", str(tmp_path / "wrong")], []):
             done = edge_serve("send", server.address, *arguments, *pictures)
             assert done.returncode == 1
             (answer,) = lines(done.stdout)
@@ -222,6 +221,7 @@ class HalfServer:
         self._listener.listen(1)
         self._answered = answered
         self._hang_up = hang_up
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="test.half", daemon=True)
         self._thread.start()
 
@@ -239,21 +239,23 @@ class HalfServer:
                     )
                 if self._hang_up and not left:
                     return
+            self._done.wait(PATIENCE_S)
 
     def __enter__(self) -> HalfServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._done.set()
         self._thread.join(PATIENCE_S)
         self._listener.close()
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Iterator[Path]:
+def picture(tmp_path: Path) -> Path:
     """A picture's file."""
     path = tmp_path / "a.png"
     path.write_bytes(digit_png(0))
-    yield path
+    return path
 
 
 def test_a_server_that_hangs_up_too_early_is_exit_code_3(server: Server, picture: Path) -> None:

@@ -10,7 +10,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,12 @@ class Place:
         self.folder = folder
         self.path = short / "in.sock"
 
-    def config(self, text: str = CONFIG, **words: object) -> Path:
+    def config(self, text: str = CONFIG, **words: Any) -> Path:
         """Write a configuration."""
-        defaults: dict[str, object] = {"listen": f"unix://{self.path}", "source": "", "sink": "", "input": ""}
+        defaults: dict[str, Any] = {"listen": f"unix://{self.path}", "source": "", "sink": "", "input": ""}
         return write_config(self.folder, text, **{**defaults, **words})
 
-    def serve(self, text: str = CONFIG, **words: object) -> InProcess:
+    def serve(self, text: str = CONFIG, **words: Any) -> InProcess:
         """Give the service, not started."""
         return InProcess(self.config(text, **words))
 
@@ -399,24 +399,23 @@ def test_many_clients_at_a_time_get_their_own_answers(place: Place) -> None:
 
 
 def test_too_many_connections_are_refused_with_the_reason(place: Place) -> None:
-    with place.serve(source="max_connections = 3"):
-        with clients(3, place.path) as everybody:
-            for client in everybody:
-                client.frame(digit_png(0), id="in")
-                client.answers(1)
-            with place.client() as refused:
-                answer = refused.answer()
-                assert answer is not None
-                assert answer["type"] == "error"
-                assert "max_connections" in answer["message"]
-                assert refused.ended()
-            lingering = place.client()  # refused, and does not even look
-            everybody[0].finish()
-            assert everybody[0].ended()
-            # There is room for one more now, whatever those do that were refused.
-            with lingering, place.client() as welcome:
-                welcome.frame(digit_png(0), id="next")
-                assert welcome.answers(1)[0]["id"] == "next"
+    with place.serve(source="max_connections = 3"), clients(3, place.path) as everybody:
+        for client in everybody:
+            client.frame(digit_png(0), id="in")
+            client.answers(1)
+        with place.client() as refused:
+            answer = refused.answer()
+            assert answer is not None
+            assert answer["type"] == "error"
+            assert "max_connections" in answer["message"]
+            assert refused.ended()
+        lingering = place.client()  # refused, and does not even look
+        everybody[0].finish()
+        assert everybody[0].ended()
+        # There is room for one more now, whatever those do that were refused.
+        with lingering, place.client() as welcome:
+            welcome.frame(digit_png(0), id="next")
+            assert welcome.answers(1)[0]["id"] == "next"
 
 
 def test_a_process_without_file_descriptors_serves_those_who_are_there(place: Place) -> None:
@@ -733,9 +732,9 @@ def test_a_key_may_be_a_number_but_nothing_without_bounds(place: Place) -> None:
         for key in (7, "seven", "x" * 1024):
             client.frame(json.dumps(motion_series(10)[:50]).encode(), id=0, meta={"key": key})
             assert client.answers(1)[0]["key"] == str(key)
-        for key in ({"a": 1}, [1], True, 1.5, "x" * 1025):
+        for wrong in ({"a": 1}, [1], True, 1.5, "x" * 1025):
             with place.client() as other:
-                other.frame(b"[0, 0, 0, 0, 0, 0]", id=0, meta={"key": key})
+                other.frame(b"[0, 0, 0, 0, 0, 0]", id=0, meta={"key": wrong})
                 answer = other.answers(1)[0]
                 assert answer["type"] == "error"
                 assert "key" in answer["message"]
@@ -758,8 +757,7 @@ def test_when_safe_accepts_a_sample_when_its_last_window_is_safe(place: Place) -
 
 
 @pytest.fixture(autouse=True)
-def no_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """No token from outside the tests."""
     monkeypatch.delenv("EDGE_SERVE_SOCKET_TOKEN", raising=False)
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    yield
