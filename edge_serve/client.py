@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import select
 import socket
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +13,8 @@ from edge_serve import framing
 from edge_serve.errors import UnavailableError, UsageError
 
 RECEIVE_CHUNK = 64 * 1024
+# A Unix socket does not let a client wait for a place in the line by itself.
+CONNECT_PAUSE_S = 0.01
 # Answers may hold whole tensors.
 MAX_ANSWER = 256 * 1024 * 1024
 
@@ -80,11 +83,19 @@ class Client:
 
 
 def _connect_unix(path: str, timeout: float) -> socket.socket:
+    deadline = time.monotonic() + timeout
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
-        sock.connect(path)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:  # as many wait to be let in as may
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(CONNECT_PAUSE_S)
+            else:
+                return sock
     except OSError:
         sock.close()
         raise
-    return sock

@@ -316,6 +316,8 @@ class Connection:
             info = self._client.publish(topic, payload, qos, retain, properties)
         except ValueError as error:
             raise PublishRefusedError(f"{self.address}: cannot publish to {topic!r}: {error}", lasting=True) from error
+        except OSError as error:
+            raise SendError(f"{self.address}: cannot publish: {error}") from error
         if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             raise SendError(f"{self.address}: cannot publish: {paho.error_string(info.rc)}")
         return info.mid
@@ -337,7 +339,10 @@ class Connection:
 
     def acknowledge(self, packet_id: int) -> None:
         """Send the PUBACK of a QoS 1 message; if the connection is gone, so is the need to."""
-        self._client.ack(packet_id, 1)
+        try:
+            self._client.ack(packet_id, 1)
+        except OSError:
+            pass  # closed in this moment
 
     def close(self) -> None:
         """Disconnect and end the network thread; may be called twice, not from a callback."""
@@ -349,6 +354,8 @@ class Connection:
             if thread.is_alive():
                 self.break_off()
         self._client.loop_stop()
+        # paho leaves its own pair of sockets to the garbage collector, which may take its time.
+        self._client._reset_sockets()
 
     def break_off(self) -> None:
         """Cut the connection from inside a callback; the broker keeps the session."""

@@ -659,12 +659,12 @@ class Raw:
             sock = socket.create_connection(address, PATIENCE_S)
         else:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.settimeout(PATIENCE_S)
             try:
-                sock.connect(str(address))
+                sock.connect(str(address))  # with a time-out set, this would not wait until there is room
             except OSError:
                 sock.close()
                 raise
+            sock.settimeout(PATIENCE_S)
         return cls(sock)
 
     @classmethod

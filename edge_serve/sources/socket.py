@@ -38,6 +38,8 @@ TICK_S = 0.25
 FAREWELL_S = 2.0
 # Answers that a client has not read yet; with more, it is not read either: a client that only sends fills no memory.
 MAX_UNREAD = 1024 * 1024
+# Clients that come all at once are let in before any is served; more than this would keep the others waiting.
+ACCEPT_AT_ONCE = 64
 # How long no connection is accepted when the process has no file descriptor left.
 ACCEPT_PAUSE_S = 1.0
 
@@ -49,6 +51,7 @@ class _Connection:
         self.sock = sock
         self.number = number
         self.reader = framing.Reader(options.max_payload)
+        self.buffered = 0
         self.authorized = authorized
         self.unsettled = 0
         self.unanswered = 0
@@ -80,12 +83,17 @@ class SocketSource:
         self._opened = 0
         self._sequence = 0
         self._frame_bytes = 0
+        self._buffered_bytes = 0
+        self._touched: set[_Connection] = set()
+        self._pressed = False
+        """Whether somebody is not read because of what others have in memory."""
         self._listener: socket.socket | None = None
         self._address: listening.Listening | None = None
         self._token: bytes | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._accept_again: float | None = None
+        self._next_look = 0.0
 
     @classmethod
     def check(cls, options: SocketSourceOptions, key: str, wiring: Wiring) -> list[Problem]:
@@ -170,17 +178,22 @@ class SocketSource:
             self._selector.close()
 
     def _accept(self) -> None:
+        for _ in range(ACCEPT_AT_ONCE):
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
-            return  # the client is gone already
+            return False  # nobody more, or gone already
         except OSError as error:
             # The process has no file descriptor left: those who are there are served, others have to wait.
             log.warning("%s: cannot accept a connection: %s", self._context.pipeline, error)
             self._selector.unregister(self._listener)
             self._accept_again = time.monotonic() + ACCEPT_PAUSE_S
-            return
+            return False
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -196,6 +209,7 @@ class SocketSource:
                         f"more than {self._options.max_connections} connections (max_connections); try later"
                     ),
                 )
+        return True
 
     def _woken(self) -> None:
         try:
@@ -204,7 +218,10 @@ class SocketSource:
         except BlockingIOError:
             pass
         with self._lock:
-            for connection in list(self._connections.values()):
+            concerned = list(self._connections.values() if self._pressed else self._touched)
+            self._touched.clear()
+            self._pressed = False
+            for connection in concerned:
                 self._work(connection)
 
     def _wake(self) -> None:
@@ -234,6 +251,7 @@ class SocketSource:
                 self._close(connection)
         elif data:
             connection.reader.feed(data)
+            self._count(connection)
         else:
             connection.half_closed = True
 
@@ -249,6 +267,7 @@ class SocketSource:
                 self._message(connection, message)
         except ProtocolError as error:
             self._give_up(connection, error)
+        self._count(connection)
         if connection.wrong is not None and connection.unanswered == 0:
             self._farewell(connection, connection.wrong)
         if not connection.closed and connection.half_closed and connection.closing_at is None:
@@ -258,12 +277,16 @@ class SocketSource:
         if not connection.closed:
             self._interest(connection)
 
+    def _count(self, connection: _Connection) -> None:
+        held = 0 if connection.closed else connection.reader.buffered
+        self._buffered_bytes += held - connection.buffered
+        connection.buffered = held
+
     def _may_go_on(self, connection: _Connection) -> bool:
-        return (
-            connection.unsettled < self._options.max_inflight
-            and connection.out_bytes < MAX_UNREAD
-            and self._frame_bytes < self._options.max_bytes
-        )
+        if self._frame_bytes >= self._options.max_bytes:
+            self._pressed = True
+            return False
+        return connection.unsettled < self._options.max_inflight and connection.out_bytes < MAX_UNREAD
 
     def _may_receive(self, connection: _Connection) -> bool:
         """Bound the bytes of frames that are not complete, too: over the limit only the longest-waiting one goes on."""
@@ -271,9 +294,9 @@ class SocketSource:
             return True
         if not self._may_go_on(connection) or connection.half_closed or connection.wrong is not None:
             return False
-        held = self._frame_bytes + sum(each.reader.buffered for each in self._connections.values())
-        if held < self._options.max_bytes:
+        if self._frame_bytes + self._buffered_bytes < self._options.max_bytes:
             return True
+        self._pressed = True
         first = min(
             (each for each in self._connections.values() if each.reader.inside),
             key=lambda each: each.number,
@@ -297,6 +320,9 @@ class SocketSource:
 
     def _look_at_time(self) -> None:
         now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + TICK_S
         if self._accept_again is not None and now > self._accept_again and self._listener is not None:
             self._accept_again = None
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -410,6 +436,7 @@ class SocketSource:
             if settled:
                 connection.unsettled -= 1
                 self._frame_bytes -= pending.size
+            self._touched.add(connection)
         if settled or connection.half_closed or connection.wrong is not None:
             self._wake()
 
@@ -429,6 +456,7 @@ class SocketSource:
             log.warning("%s: a client does not read its answers; its connection is closed", self._context.pipeline)
             self._close(connection)
         elif connection.out and threading.current_thread() is not self._thread:
+            self._touched.add(connection)
             self._wake()
 
     def _flush(self, connection: _Connection) -> None:
@@ -477,6 +505,7 @@ class SocketSource:
             self._selector.unregister(connection.sock)
             connection.events = 0
         connection.out.clear()
+        self._count(connection)
         connection.sock.close()
         del self._connections[connection.number]
 

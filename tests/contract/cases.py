@@ -18,10 +18,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from edge_serve import plugins
 from edge_serve.config import Config, MqttBroker, PartConfig, PipelineConfig, Wiring
@@ -52,6 +54,8 @@ class Case:
     """The part's name in the configuration."""
     survives_loss = False
     """Whether the connection can be lost and come back (`lose`, `restore`)."""
+    needs_broker = False
+    """Whether mosquitto is asked for (`Lab.make_broker`)."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -91,6 +95,8 @@ class SourceCase(Case):
 
     redelivers = False
     """Whether what was not settled comes again after a reconnect."""
+    bounded = False
+    """Whether it stops while `hold_limit` deliveries are unsettled."""
     finite = False
     """Whether everything has to be fed before `make`, and the source ends."""
     names_ids = False
@@ -132,8 +138,8 @@ class MqttSourceCase(SourceCase):
     """MQTT 5, lossless."""
 
     kind = "mqtt"
-    redelivers = survives_loss = True
-    names_ids = True
+    redelivers = survives_loss = needs_broker = True
+    names_ids = bounded = True
     counts_unsettled = False  # the broker counts: mosquitto 2.0.11 lets more out for each acknowledgement
     protocol: Any = 5
     lines: tuple[str, ...] = ("allow_anonymous true",)
@@ -176,7 +182,7 @@ class Mqtt311SourceCase(MqttSourceCase):
 class MqttLatestSourceCase(MqttSourceCase):
     """MQTT at QoS 0, the newest wins."""
 
-    redelivers = False
+    redelivers = bounded = False
 
     def options(self) -> dict[str, Any]:
         return {"topic": "in/#", "qos": 0, "policy": "latest"}
@@ -193,7 +199,7 @@ class UnixSocketCase(SourceCase):
     """A Unix socket."""
 
     kind = "socket"
-    names_ids = True
+    names_ids = bounded = True
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
@@ -319,6 +325,8 @@ class SinkCase(Case):
 
     loses_nothing = True
     """Whether what `done(None)` was said of is really there (QoS 0 promises nothing)."""
+    has_connection = True
+    """Whether sending without one can fail."""
 
     def make(self) -> Sink:
         """Make the sink; it is not connected yet."""
@@ -348,7 +356,7 @@ class MqttSinkCase(SinkCase):
     """MQTT 5 at QoS 1."""
 
     kind = "mqtt"
-    survives_loss = True
+    survives_loss = needs_broker = True
     protocol: Any = 5
 
     def __init__(self, lab: Lab) -> None:
@@ -422,6 +430,7 @@ class StdoutSinkCase(SinkCase):
     """Standard output, put onto a pipe for the time of the test."""
 
     kind = "stdout"
+    has_connection = False
 
     def __init__(self, lab: Lab) -> None:
         super().__init__(lab)
@@ -487,6 +496,23 @@ SINKS: list[type[SinkCase]] = [
     StdoutSinkCase,
     *_from_outside(SinkCase),
 ]
+
+
+def parameters(cases: Iterable[type[Case]]) -> list[Any]:
+    """Give the cases as a fixture's parameters."""
+    return [
+        pytest.param(case, id=case.__name__, marks=[pytest.mark.broker] if case.needs_broker else []) for case in cases
+    ]
+
+
+def sources_that(fit: Callable[[type[SourceCase]], bool]) -> pytest.MarkDecorator:
+    """Run a test over some of the sources only: not every promise is every source's."""
+    return pytest.mark.parametrize("source_case", parameters(case for case in SOURCES if fit(case)), indirect=True)
+
+
+def sinks_that(fit: Callable[[type[SinkCase]], bool]) -> pytest.MarkDecorator:
+    """Run a test over some of the sinks only."""
+    return pytest.mark.parametrize("sink_case", parameters(case for case in SINKS if fit(case)), indirect=True)
 
 
 def make_result(identity: str = "frame-1", **fields: Any) -> Result:

@@ -7,12 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.cases import SINKS, SOURCES, Case, Lab, MqttSinkCase, MqttSourceCase, SinkCase, SourceCase
+from tests.contract.cases import SINKS, SOURCES, Lab, SinkCase, SourceCase, parameters
 from tests.support import Mosquitto
-
-
-def _marks(case: type[Case]) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.broker] if issubclass(case, (MqttSourceCase, MqttSinkCase)) else []
 
 
 @pytest.fixture
@@ -30,7 +26,7 @@ def lab(tmp_path: Path, short_path: Path, request: pytest.FixtureRequest) -> Ite
         broker.stop()
 
 
-@pytest.fixture(params=[pytest.param(case, id=case.__name__, marks=_marks(case)) for case in SOURCES])
+@pytest.fixture(params=parameters(SOURCES))
 def source_case(request: pytest.FixtureRequest, lab: Lab) -> Iterator[SourceCase]:
     """Every source."""
     make: Callable[[Lab], SourceCase] = request.param
@@ -39,7 +35,7 @@ def source_case(request: pytest.FixtureRequest, lab: Lab) -> Iterator[SourceCase
     case.close()
 
 
-@pytest.fixture(params=[pytest.param(case, id=case.__name__, marks=_marks(case)) for case in SINKS])
+@pytest.fixture(params=parameters(SINKS))
 def sink_case(request: pytest.FixtureRequest, lab: Lab) -> Iterator[SinkCase]:
     """Every sink."""
     make: Callable[[Lab], SinkCase] = request.param

@@ -15,7 +15,7 @@ from edge_serve.frame import Result
 from edge_serve.health import Counters
 from edge_serve.runner import SinkRunner
 from edge_serve.sinks import RejectedError, Sink
-from tests.contract.cases import SinkCase, identity_of, make_failure, make_result
+from tests.contract.cases import SinkCase, identity_of, make_failure, make_result, sinks_that
 from tests.support import wait_for
 
 
@@ -147,9 +147,8 @@ def test_it_closes_twice_and_without_having_been_connected(sink_case: SinkCase) 
         sink.close()
 
 
+@sinks_that(lambda case: case.has_connection)
 def test_sending_without_a_connection_is_told(sink_case: SinkCase) -> None:
-    if sink_case.kind == "stdout":
-        pytest.skip("standard output has no connection")
     sink = sink_case.make()
     with pytest.raises(UnavailableError):
         sink.send(make_result(), lambda error: None)
@@ -183,11 +182,8 @@ def test_a_start_that_cannot_work_says_so(sink_case: SinkCase) -> None:
     sink.close()
 
 
+@sinks_that(lambda case: case.survives_loss and case.loses_nothing)
 def test_nothing_is_safe_that_was_sent_into_the_void(sink_case: SinkCase) -> None:
-    if not sink_case.survives_loss:
-        pytest.skip("nothing can be lost here")
-    if not sink_case.loses_nothing:
-        pytest.skip("this sink promises nothing")
     outcomes = Outcomes()
     with connected(sink_case) as sink:
         outcomes.send(sink, make_result("before"))
@@ -232,9 +228,8 @@ def test_the_runner_brings_every_result_in_order(sink_case: SinkCase) -> None:
     assert not failures
 
 
+@sinks_that(lambda case: case.survives_loss and case.loses_nothing)
 def test_the_runner_brings_every_result_through_outages(sink_case: SinkCase) -> None:
-    if not sink_case.survives_loss or not sink_case.loses_nothing:
-        pytest.skip("nothing can be lost here, or everything may")
     failures: list[BaseException] = []
     runner = SinkRunner("line", sink_case.make(), Counters(), failures.append)
     runner.start()

@@ -16,7 +16,7 @@ from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
 from edge_serve.runner import SourceRunner
 from edge_serve.sources import Source
-from tests.contract.cases import SourceCase
+from tests.contract.cases import SourceCase, sources_that
 from tests.support import PATIENCE_S, wait_for
 
 
@@ -115,9 +115,8 @@ def test_an_input_arrives_as_a_frame(source_case: SourceCase) -> None:
         delivery.settle(None)
 
 
+@sources_that(lambda case: not case.finite)
 def test_nothing_to_read_is_none_within_the_time_out(source_case: SourceCase) -> None:
-    if source_case.finite:
-        pytest.skip("a finite source ends instead")
     with connected(source_case) as source:
         start = time.monotonic()
         assert source.read(0.2) is None
@@ -137,9 +136,8 @@ def test_two_equal_readings_are_two_frames(source_case: SourceCase) -> None:
         assert first.frame.id != second.frame.id
 
 
+@sources_that(lambda case: case.names_ids)
 def test_the_producers_id_is_the_frames(source_case: SourceCase) -> None:
-    if not source_case.names_ids:
-        pytest.skip("this source's inputs cannot name an id")
     with connected(source_case) as source:
         source_case.feed(payload(1), "press-3/ß🙂/17")
         assert take(source)[0].frame.id == "press-3/ß🙂/17"
@@ -175,10 +173,10 @@ def test_it_waits_for_nobody_who_settles_late(source_case: SourceCase) -> None:
             delivery.settle(None)
 
 
+@sources_that(lambda case: case.bounded)
 def test_no_more_is_unsettled_than_it_says(source_case: SourceCase) -> None:
     limit = source_case.make().hold_limit
-    if limit is None:
-        pytest.skip("this source never waits for that")
+    assert limit is not None
     with connected(source_case, *(payload(n) for n in range(4 * limit))) as source:
         held = take(source, limit)
         nothing_more(source)
@@ -247,9 +245,8 @@ def test_a_start_that_cannot_work_says_so(source_case: SourceCase) -> None:
     source.close()
 
 
+@sources_that(lambda case: case.survives_loss)
 def test_a_lost_connection_is_told_and_comes_back(source_case: SourceCase) -> None:
-    if not source_case.survives_loss:
-        pytest.skip("nothing can be lost here")
     with connected(source_case, payload(1)) as source:
         take(source, settle=True)
         source_case.lose()
@@ -265,9 +262,8 @@ def test_a_lost_connection_is_told_and_comes_back(source_case: SourceCase) -> No
             assert bytes(found.frame.payload) == payload(1)
 
 
+@sources_that(lambda case: case.redelivers)
 def test_what_was_not_settled_comes_again_with_the_same_id(source_case: SourceCase) -> None:
-    if not source_case.redelivers:
-        pytest.skip("this source cannot deliver again")
     with connected(source_case, payload(1), payload(2), payload(3)) as source:
         first, second, third = take(source, 3)
         first.settle(None)
@@ -283,9 +279,8 @@ def test_what_was_not_settled_comes_again_with_the_same_id(source_case: SourceCa
         nothing_more(anew)
 
 
+@sources_that(lambda case: case.redelivers)
 def test_what_came_while_it_was_away_is_not_lost(source_case: SourceCase) -> None:
-    if not source_case.redelivers:
-        pytest.skip("this source's inputs do not wait for it")
     with connected(source_case, payload(1)) as source:
         take(source, settle=True)
         source.close()
@@ -296,9 +291,8 @@ def test_what_came_while_it_was_away_is_not_lost(source_case: SourceCase) -> Non
         assert [bytes(each.frame.payload) for each in found] == [payload(number) for number in range(2, 12)]
 
 
+@sources_that(lambda case: case.finite)
 def test_a_finite_source_says_that_it_has_ended_and_stays_so(source_case: SourceCase) -> None:
-    if not source_case.finite:
-        pytest.skip("this source has no end")
     with connected(source_case, payload(1)) as source:
         take(source)
         for _ in range(3):

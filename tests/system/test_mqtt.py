@@ -434,6 +434,10 @@ def test_replies_stay_below_what_the_broker_allows(site: Site, make_broker: Call
             for _ in range(60):
                 client.publish(f"{site.name}/in/x", digit_png(0), ResponseTopic=f"{site.name}/reply", wait=False)
             client.wait(60)
+            log = site.broker.log_text()
+            sent = [log.count(f"Received PUBLISH from {site.name}.digits.in (d0, q{qos}") for qos in (0, 1)]
+            assert sum(sent) == 60
+            assert sent[1] <= 10, "more were unacknowledged than the broker allows"
             assert proxy.accepted == 1, "the broker has thrown it out"
             wait_for(lambda: service.counts()["out"] == 60, "all results")
 
@@ -584,6 +588,17 @@ def test_a_subscription_that_the_broker_cuts_down_is_refused(site: Site, make_br
         assert "QoS 0" in str(caught.value)
     finally:
         connection.close()
+
+
+def test_closing_waits_for_no_dead_network(site: Site) -> None:
+    with Proxy(site.broker.port) as proxy:
+        connection = Connection(load(site.config(url=proxy.url)), "", f"{site.name}.test", clean=True)
+        connection.open()
+        proxy.freeze()
+        connection.publish(site.results, b"x" * 20_000_000, 1)
+        began = time.monotonic()
+        connection.close()
+        assert time.monotonic() - began < 4
 
 
 def test_the_same_client_id_twice_does_not_become_a_war(site: Site) -> None:

@@ -525,6 +525,23 @@ def test_a_full_disk_withholds_and_loses_nothing(tmp_path: Path, short_path: Pat
 
 
 @pytest.mark.broker
+def test_two_sinks_on_one_broker_do_not_disturb_each_other(tmp_path: Path, broker: Mosquitto) -> None:
+    sinks = 'type = "mqtt"\ntopic = "one"\n[[pipeline.sink]]\ntype = "mqtt"\ntopic = "two"'
+    path = config(tmp_path, 'type = "mqtt"\ntopic = "in"', sinks)
+    path.write_text(
+        path.read_text().replace("[pipeline.sink]", "[[pipeline.sink]]", 1) + f'[mqtt]\nurl = "{broker.url}"'
+    )
+    with Client(broker.port, "one", "two") as client, Service(path) as service:
+        service.ready()
+        for number in range(20):
+            client.publish("in", digit_png(number))
+        found = client.wait(40)
+        assert sum(each.topic == "one" for each in found) == 20
+        assert service.terminate() == 0
+        assert "lost" not in service.text
+
+
+@pytest.mark.broker
 def test_with_two_sinks_an_input_is_safe_when_both_have_its_result(
     tmp_path: Path, make_broker: Callable[..., Mosquitto]
 ) -> None:

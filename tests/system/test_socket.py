@@ -40,7 +40,7 @@ from tests.support import (
 CONFIG = """
     schema = 1
     device = "dev"
-    grace_s = 2
+    grace_s = {grace}
     [pipeline]
     name = "digits"
     model = "{digits}"
@@ -57,7 +57,7 @@ CONFIG = """
 WINDOW = """
     schema = 1
     device = "dev"
-    grace_s = 2
+    grace_s = {grace}
     [pipeline]
     name = "motion"
     model = "{motion}"
@@ -88,7 +88,7 @@ class Place:
 
     def config(self, text: str = CONFIG, **words: Any) -> Path:
         """Write a configuration."""
-        defaults: dict[str, Any] = {"listen": f"unix://{self.path}", "source": "", "sink": "", "input": ""}
+        defaults: dict[str, Any] = {"listen": f"unix://{self.path}", "source": "", "sink": "", "input": "", "grace": 2}
         return write_config(self.folder, text, **{**defaults, **words})
 
     def serve(self, text: str = CONFIG, **words: Any) -> InProcess:
@@ -289,6 +289,17 @@ def test_half_a_frame_at_the_end_is_an_error_and_no_input(place: Place) -> None:
         assert service.counts()["in"] == 2
 
 
+def test_what_was_sent_before_a_mistake_is_answered_before_it(place: Place) -> None:
+    with place.serve(), place.client() as client:
+        for number in range(20):
+            client.frame(digit_png(number), id=number)
+        client.send(b"nonsense\n")
+        answers = client.answers(21)
+        assert [each["id"] for each in answers] == [*range(20), None]
+        assert answers[20]["code"] == "protocol"
+        assert client.ended()
+
+
 def test_a_client_that_vanishes_harms_nobody(place: Place) -> None:
     with place.serve() as service, place.client() as other:
         for number in range(20):
@@ -396,6 +407,13 @@ def test_many_clients_at_a_time_get_their_own_answers(place: Place) -> None:
         for thread in threads:
             thread.join(PATIENCE_S)
         assert not failures
+
+
+def test_many_clients_may_come_at_once(place: Place) -> None:
+    with place.serve(source="max_connections = 500"), clients(300, place.path) as everybody:
+        for number, client in enumerate(everybody):
+            client.frame(digit_png(0), id=number)
+        assert [client.answers(1)[0]["id"] for client in everybody] == list(range(300))
 
 
 def test_too_many_connections_are_refused_with_the_reason(place: Place) -> None:
@@ -639,7 +657,7 @@ def test_remote_access_with_a_token_is_open_to_who_has_it(place: Place) -> None:
 
 def test_at_once_answers_before_the_result_is_upstream(place: Place) -> None:
     sink = '[[pipeline.sink]]\ntype = "file"\npath = "/dev/full"\nmax_bytes = 0'
-    with place.serve(sink=sink) as service, place.client() as client:
+    with place.serve(sink=sink, grace=0.1) as service, place.client() as client:
         client.frame(digit_png(0), id="quick")
         assert client.answers(1)[0]["id"] == "quick"
         assert service.counts()["out"] == 0
@@ -652,7 +670,7 @@ def test_when_safe_answers_when_the_result_is_upstream(
     broker = make_broker().start()
     with Proxy(broker.port) as proxy:
         sink = '[[pipeline.sink]]\ntype = "mqtt"\ntopic = "results"'
-        path = place.config(source='answer = "when_safe"', sink=sink)
+        path = place.config(source='answer = "when_safe"', sink=sink, grace=0.5)
         path.write_text(path.read_text() + f'\n[mqtt]\nurl = "{proxy.url}"\n')
         with InProcess(path) as service, place.client() as client:
             client.frame(digit_png(0), id="first")
