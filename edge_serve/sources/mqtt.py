@@ -234,6 +234,8 @@ class MqttSource:
     def _arrived(self, message: Message) -> None:
         captured = Capture.now()
         digest = blake2b(message.topic.encode() + b"\0" + message.payload, digest_size=12).digest()
+        # Before it counts as held: a redelivery of what is held is taken for being in work.
+        frame = self._frame(message, captured, digest)
         settle: Settle = _ignore
         if message.qos:
             held = self._hold(message, digest)
@@ -243,7 +245,7 @@ class MqttSource:
         if message.retained and not self._options.retained:
             settle(None)
             return
-        delivery = Delivery(self._frame(message, captured, digest), settle, self._replier(message))
+        delivery = Delivery(frame, settle, self._replier(message))
         weight = MESSAGE_OVERHEAD + message.size
         with self._lock:
             self._waiting_bytes += weight
@@ -324,6 +326,8 @@ class MqttSource:
             error = TooLargeError(
                 f"message of {size} bytes on {message.topic} is over the limit of {limit} (max_payload)"
             )
+        elif message.skipped:
+            error = TooLargeError(f"message on {message.topic} has more properties than anybody reads: {size} bytes")
         meta = {"topic": message.topic}
         if "key" in message.user:
             meta["key"] = message.user["key"][:MAX_KEY_LENGTH]
