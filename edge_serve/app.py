@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import threading
 import time
@@ -11,12 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_serve import plugins
 from edge_serve.config import Config, PipelineConfig
 from edge_serve.config import load as load_config
-from edge_serve.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, ConfigError, GoneError, Problem, UsageError
+from edge_serve.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_UNAVAILABLE,
+    ConfigError,
+    GoneError,
+    Problem,
+    UnavailableError,
+    UsageError,
+)
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import threads
@@ -28,6 +38,9 @@ from edge_serve.processing.setup import Meaning, model_info, settle
 from edge_serve.runner import SinkRunner, SourceRunner
 from edge_serve.sinks import SinkContext
 from edge_serve.sources import SourceContext
+
+if TYPE_CHECKING:
+    from edge_serve.control import Control, Peer
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +202,7 @@ class App:
         self._signal: int | None = None
         self._failure: BaseException | None = None
         self._on_ready = on_ready
+        self._control: Control | None = None
 
     def _fatal(self, error: BaseException) -> None:
         if isinstance(error, GoneError):
@@ -232,6 +246,7 @@ class App:
         for line in self.lines:
             line.pipeline.warm()
             line.pipeline.tune()
+        self._listen_to_commands()
         # What the start has made stays; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -240,6 +255,21 @@ class App:
             if all(line.pipeline.join(0) for line in self.lines):
                 break
         return self._end()
+
+    def _listen_to_commands(self) -> None:
+        """Let local commands reach this service; nothing that is served depends on it."""
+        from edge_serve.control import Control  # no start waits for it
+
+        try:
+            self._control = Control(self.config.state_dir, {"capture": self._capture})
+        except UnavailableError as error:
+            log.warning("no local commands (`edge-serve capture`): %s", error)
+
+    def _capture(self, request: dict[str, Any], peer: Peer) -> None:
+        from edge_serve import capture  # only where somebody records
+
+        where = {"device": self.config.device, "config": str(self.config.path), "pid": os.getpid()}
+        capture.serve(request, peer, {line.name: line.pipeline for line in self.lines}, where)
 
     def _connected(self, line: Line) -> bool:
         # A finite source may have come and gone already.
@@ -261,6 +291,8 @@ class App:
         deadline = time.monotonic() + grace
         if not finished and self._failure is None:
             log.info("stopping: frames in work get %g s to finish", grace)
+        if self._control is not None:
+            self._control.close()
         for line in self.lines:
             if not finished:
                 # Nothing more comes in; what was taken is worked off.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from edge_serve.bundle import TensorSpec
 from edge_serve.errors import EdgeServeError, InferenceError, InputError, StoppedError
 from edge_serve.frame import Capture, Delivery, Frame, ModelInfo, Result, ResultError, Settle
 from edge_serve.health import Counters
@@ -17,6 +18,7 @@ from edge_serve.processing.intake import Intake, Job
 from edge_serve.runner import SinkRunner
 
 if TYPE_CHECKING:
+    from edge_serve.capture import Recorder
     from edge_serve.processing.decode import Decoder
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Pipeline:
         self._fatal = fatal
         self._tune = tune
         self._tune_now = False
+        self._recorder: Recorder | None = None
+        self._recorder_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"worker.{name}", daemon=True)
 
     def start(self) -> None:
@@ -68,6 +72,29 @@ class Pipeline:
     def tune(self) -> None:
         """Let the worker measure how its model runs best, before its next frame."""
         self._tune_now = True
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Give the model's inputs by name."""
+        return self._engine.inputs
+
+    @property
+    def model(self) -> ModelInfo:
+        """Say which model it runs."""
+        return self._model
+
+    def record(self, recorder: Recorder) -> bool:
+        """Show a recorder all inputs that the model runs on, from now on; False if another one is there."""
+        with self._recorder_lock:
+            if self._recorder is not None:
+                return False
+            self._recorder = recorder
+            return True
+
+    def stop_recording(self) -> None:
+        """Show inputs to nobody any more."""
+        with self._recorder_lock:
+            self._recorder = None
 
     def join(self, timeout: float | None) -> bool:
         """Wait until the mailbox has ended and is worked off; False if `timeout` seconds were not enough."""
@@ -127,6 +154,8 @@ class Pipeline:
             done = time.perf_counter()
         except Exception as error:  # noqa: BLE001  # as above
             return self._failure(job.frame, error, job)
+        if (recorder := self._recorder) is not None:
+            recorder.offer(job.inputs)
         timings = {
             "wait": wait,
             "process": processed,

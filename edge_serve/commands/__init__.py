@@ -6,11 +6,16 @@ COMMANDS = {
         "edge_serve_converters.cli:convert",
         "Turn a TensorFlow SavedModel into a bundle of checked TFLite files.",
     ),
+    "compare": ("edge_serve_converters.compare_cli:compare", "Compare two bundles on the same data."),
     "run": ("edge_serve.commands.run:run", "Serve the pipelines of a configuration until a signal."),
     "check": ("edge_serve.commands.check:check", "Find every mistake of a configuration; no connection is opened."),
     "config": ("edge_serve.commands.config:config", "Write a commented configuration to begin with."),
     "infer": ("edge_serve.commands.infer:infer", "Run a model once on photos, arrays or samples."),
     "inspect": ("edge_serve.commands.inspect:inspect", "Show a model's signatures, tensors, operators and delegates."),
     "send": ("edge_serve.commands.send:send", "Send inputs to a running pipeline's socket and print the answers."),
+    "capture": (
+        "edge_serve.commands.capture:capture",
+        "Record what a running pipeline's model sees, as calibration data.",
+    ),
     "demo": ("edge_serve.commands.demo:demo", "Serve the two demo models and check their results."),
 }
