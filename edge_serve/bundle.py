@@ -67,6 +67,8 @@ class Variant:
     min_runtime: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    kept_float: tuple[str, ...] = ()
+    """Layers of an int8 file that were left float on purpose."""
     samples: str | None = None
     quality: dict[str, Any] = option(factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 from edge_serve.bundle import MANIFEST, Bundle
 from edge_serve.errors import ModelError
 from edge_serve.model.interpreter import check_file
+from edge_serve.model.metadata import read_metadata
 from edge_serve.spec import InputSpec, OutputSpec
+
+log = logging.getLogger(__name__)
 
 DEFAULT_FILE = "model.tflite"
 # What the variant of a file without a manifest is called.
@@ -51,8 +55,7 @@ def find(
     Raises ModelError or BundleError, which say what was looked for and what is there.
     """
     if path.is_file():
-        check_file(path)
-        return _held_against(ModelVersion(path.stem, None, ONLY_VARIANT, path), version, version_labels or {}, variant)
+        return _held_against(_bare(path.stem, None, path), version, version_labels or {}, variant)
     if not path.is_dir():
         raise ModelError(f"{path}: no such model; give a .tflite file, a version folder or a folder with versions")
     if (path / MANIFEST).is_file() or (path / DEFAULT_FILE).is_file():
@@ -99,15 +102,13 @@ def _number(base: Path, version: str | int, found: Mapping[int, Path], version_l
 
 def _open(folder: Path, number: int | None, variant: str | None) -> ModelVersion:
     if not (folder / MANIFEST).is_file():
-        # A folder as TensorFlow Serving has it, without our manifest: the file is all that is known.
+        # A folder as TensorFlow Serving has it, without our manifest: all that is known is what the file says.
         file = folder / DEFAULT_FILE
         if not file.is_file():
             raise ModelError(
                 f"{folder}: holds neither {MANIFEST} nor {DEFAULT_FILE}; make it with `edge-serve convert`"
             )
-        check_file(file)
-        name = folder.resolve().parent.name if number is not None else folder.resolve().name
-        return ModelVersion(name, number, ONLY_VARIANT, file)
+        return _bare(folder.resolve().parent.name if number is not None else folder.resolve().name, number, file)
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     chosen = manifest.variant(variant or manifest.default)
@@ -121,3 +122,14 @@ def _open(folder: Path, number: int | None, variant: str | None) -> ModelVersion
         manifest.output,
         bundle.labels(),
     )
+
+
+def _bare(name: str, number: int | None, file: Path) -> ModelVersion:
+    """Take a file without a manifest: its own metadata, if it has any, say what its inputs and outputs mean."""
+    check_file(file)
+    found = read_metadata(file)
+    if found is None:
+        return ModelVersion(name, number, ONLY_VARIANT, file)
+    for note in found.notes:
+        log.warning("%s: %s", file, note)
+    return ModelVersion(name, number, ONLY_VARIANT, file, None, found.input, found.output, found.labels)
