@@ -7,48 +7,33 @@ A source gives samples (without batch) of every input of a signature; `draw` pic
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from edge_serve.errors import UsageError
-from edge_serve.spec import InputSpec
-from edge_serve_converters.plan import InputPlan, Shape, SignaturePlan, as_input
-from edge_serve_converters.request import HELD_BACK
+from edge_serve.spec import InputKind, InputSpec
+from edge_serve_converters import arrays, audio, checks, records
+from edge_serve_converters.plan import SignaturePlan
+from edge_serve_converters.source import Source, listed
+from edge_serve_converters.split import split
 from edge_serve_converters.store import Array, Arrays
 
-# Fewer held-back samples than this say little; half of a very small set is the most that is taken for it.
-MIN_HELD_BACK = 4
+if TYPE_CHECKING:
+    from edge_serve_converters.truth import Truth
+
+__all__ = ["FEW_SAMPLES", "Drawn", "Source", "Warnings", "draw", "fingerprint", "kind_of", "open_source"]
+
 # Fewer than this and the ranges of activations are guesswork (the TFLite guide asks for 100 to 500).
 FEW_SAMPLES = 20
-ARRAY_SUFFIXES = (".npz", ".npy")
-
-
-class Source(Protocol):
-    """Where samples come from."""
-
-    def hint(self, signature: str, name: str) -> Shape | None:
-        """Give the shape of one sample of an input, as far as the data says it before the signature is settled."""
-        ...
-
-    def open(self, signature: SignaturePlan) -> tuple[int, int | None]:
-        """Check the data against a signature; give the number of samples and, where neighbours share data, a border.
-
-        Samples from the border on share nothing with those before it. UsageError says what does not fit.
-        """
-        ...
-
-    def take(self, signature: SignaturePlan, indices: Array) -> Arrays:
-        """Give samples by index, input name → [len(indices), *sample_shape] in the input's dtype."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Give a SHA-256 of the data."""
-        ...
+# Files under a folder, of any kind: whoever has more than this pointed at the wrong folder.
+MAX_FILES = 5_000_000
+KINDS = "an .npz, .npy, .csv or .tfrecord file, or a folder of pictures, of WAV files or of TFRecord files"
+_PICTURES = frozenset({".jpg", ".jpeg", ".png"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +42,11 @@ class Drawn:
 
     calibration: Arrays
     held_back: Arrays
+    truth: Array | None = None
+    """Labels of the held-back samples: class indices [runs, batch] int64, or masks of them [runs, batch, H, W] int32."""
+    truth_kind: Literal["classes", "mask"] | None = None
+    classes: tuple[str, ...] | None = None
+    """The names of the classes by index, where the labels are names."""
 
 
 @dataclass(slots=True)
@@ -72,186 +62,148 @@ class Warnings:
 
 
 def open_source(path: Path, spec: InputSpec) -> Source:
-    """Open calibration data: .npz, .npy, .csv, or a folder of pictures; UsageError says what is wrong with it."""
+    """Open calibration data of any kind that is read (KINDS); UsageError says what is wrong with it."""
     if path.is_dir():
-        from edge_serve_converters.pictures import PictureSource  # Pillow only where there are pictures
-
-        return PictureSource(path, spec)
+        return _open_folder(path, spec)
     if not path.is_file():
-        raise UsageError(f"{path}: no such calibration data; give an .npz, .npy or .csv file, or a folder of pictures")
+        raise UsageError(f"{path}: no such calibration data; give {KINDS}")
     suffix = path.suffix.lower()
-    if suffix in ARRAY_SUFFIXES:
-        return ArraySource(path)
+    if suffix in arrays.SUFFIXES:
+        return arrays.ArraySource(path, spec)
     if suffix == ".csv":
         from edge_serve_converters.tables import TableSource
 
         return TableSource(path, spec)
-    raise UsageError(
-        f"{path}: calibration data of this kind is not read; give an .npz, .npy or .csv file, or a folder of pictures"
-    )
+    if records.is_record_file(path):
+        return records.RecordSource(path, [path], spec)
+    raise UsageError(f"{path}: calibration data of this kind is not read; give {KINDS}")
 
 
-class ArraySource:
-    """.npz (arrays named after the inputs, or signature/input) and .npy: the tensors as the signature takes them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as stream:
-                loaded: Any = np.load(stream, allow_pickle=False)
-                archive = isinstance(loaded, np.lib.npyio.NpzFile)
-                self._arrays: Arrays = dict(loaded.items()) if archive else {"": loaded}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{path}: is no readable {path.suffix} file of numbers ({error})") from error
-        if not self._arrays:
-            raise UsageError(f"{path}: holds no arrays")
-        for name, array in self._arrays.items():
-            if array.dtype.kind not in "biuf":
-                raise UsageError(f"{self._where(name)}: has dtype {array.dtype}; calibration data are numbers")
-            if array.ndim == 0 or len(array) == 0:
-                raise UsageError(
-                    f"{self._where(name)}: is empty; calibration needs samples, at least {FEW_SAMPLES}, better 100 or more"
-                )
-            if array.dtype.kind == "f":
-                bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))
-                if len(bad):
-                    raise UsageError(
-                        f"{self._where(name)}: {len(bad)} of {len(array)} samples hold NaN or infinite values, "
-                        f"the first is sample {bad[0]}; "
-                        "leave them out (the converter would silently make a float model of them)"
-                    )
-
-    def _where(self, name: str) -> str:
-        return f"{self.path}[{name!r}]" if name else str(self.path)
-
-    def _find(self, signature: str, name: str) -> str | None:
-        for key in (f"{signature}/{name}", name):
-            if key in self._arrays:
-                return key
+def kind_of(path: Path) -> InputKind | None:
+    """Tell the kind of input from the data alone: pictures in a folder are images, WAV files windows; else None."""
+    if not path.is_dir():
         return None
+    found = _files(path)
+    return "image" if found["pictures"] else "window" if found["WAV files"] else None
 
-    def hint(self, signature: str, name: str) -> Shape | None:
-        """Give the shape of one sample."""
-        key = self._find(signature, name)
-        if key is None and len(self._arrays) == 1:
-            key = next(iter(self._arrays))
-        return None if key is None else self._arrays[key].shape[1:]
 
-    def open(self, signature: SignaturePlan) -> tuple[int, int | None]:
-        """Check names, shapes and counts."""
-        counts = {}
-        for entry in signature.inputs:
-            key = self._key(signature, entry)
-            array = self._arrays[key]
-            if not _same_sample(array.shape[1:], entry):
-                raise UsageError(
-                    f"{self._where(key)}: has shape {list(array.shape)}; input {entry.name!r} takes "
-                    f"[samples, {', '.join(map(str, entry.sample_shape))}]"
-                )
-            counts[key] = len(array)
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+def _open_folder(path: Path, spec: InputSpec) -> Source:
+    found = {kind: files for kind, files in _files(path).items() if files}
+    if len(found) > 1:
+        amounts = " and ".join(f"{len(files)} {kind}" for kind, files in found.items())
+        raise UsageError(
+            f"{path}: holds {amounts}; calibration data are of one kind, put them into folders of their own"
+        )
+    if "WAV files" in found:
+        return audio.WavSource(path, found["WAV files"], spec)
+    if "TFRecord files" in found:
+        return records.RecordSource(path, found["TFRecord files"], spec)
+    if "pictures" not in found:
+        raise UsageError(
+            f"{path}: holds no pictures ({', '.join(sorted(_PICTURES))}), no .wav and no .tfrecord files, also not in its folders"
+        )
+    from edge_serve_converters.pictures import PictureSource  # Pillow only where there are pictures
+
+    return PictureSource(path, found["pictures"], spec)
+
+
+def _files(path: Path) -> dict[str, list[Path]]:
+    """Find the files of each kind under a folder, sorted by path. Hidden ones (.Trash, ._x of macOS) are no data."""
+    found: dict[str, list[Path]] = {"pictures": [], "WAV files": [], "TFRecord files": []}
+    seen = 0
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        seen += len(names)
+        if seen > MAX_FILES:
             raise UsageError(
-                f"{self.path}: the arrays have different numbers of samples ({listed}); sample i of each belongs together"
+                f"{path}: holds more than {MAX_FILES} files; name the folder that holds the calibration data"
             )
-        return next(iter(counts.values())), None
-
-    def _key(self, signature: SignaturePlan, entry: InputPlan) -> str:
-        key = self._find(signature.key, entry.name)
-        if key is None and len(self._arrays) == 1 and len(signature.inputs) == 1:
-            key = next(iter(self._arrays))
-        if key is None:
-            names = ", ".join(plan.name for plan in signature.inputs)
-            if "" in self._arrays:
-                raise UsageError(
-                    f"{self.path}: signature {signature.key} has several inputs ({names}); give an .npz with these names"
-                )
-            raise UsageError(
-                f"{self.path}: has the arrays {', '.join(self._arrays)}, none is named {entry.name!r}; "
-                f"name them after the inputs of signature {signature.key}: {names}"
-            )
-        return key
-
-    def take(self, signature: SignaturePlan, indices: Array) -> Arrays:
-        """Give samples by index."""
-        return {
-            entry.name: as_input(self._arrays[self._key(signature, entry)][indices], entry, str(self.path))
-            for entry in signature.inputs
-        }
-
-    def fingerprint(self) -> str:
-        """Hash names, shapes, dtypes and values: the same numbers packed anew have the same fingerprint."""
-        digest = hashlib.sha256()
-        for name in sorted(self._arrays):
-            array = self._arrays[name]
-            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        for name in names:
+            file = Path(folder, name)
+            kind = _kind_of_file(file)
+            if kind is not None and not name.startswith(".") and file.is_file():
+                found[kind].append(file)
+    return {kind: sorted(files) for kind, files in found.items()}
 
 
-def _same_sample(shape: Shape, entry: InputPlan) -> bool:
-    """Tell whether the data's samples have the input's shape; samples saved with a batch of 1 do too."""
-    return shape == entry.sample_shape or (entry.batched and shape == (1, *entry.sample_shape))
+def _kind_of_file(file: Path) -> str | None:
+    suffix = file.suffix.lower()
+    if suffix in _PICTURES:
+        return "pictures"
+    if suffix in audio.SUFFIXES:
+        return "WAV files"
+    return "TFRecord files" if records.is_record_file(file) else None
 
 
-def draw(source: Source, signature: SignaturePlan, *, samples: int, seed: int, warnings: Warnings) -> Drawn:
-    """Draw at most `samples` calibration samples, and a quarter as many to hold back (a fifth of all), without replacement."""
-    count, border = source.open(signature)
+def draw(
+    source: Source,
+    signature: SignaturePlan,
+    *,
+    samples: int,
+    seed: int,
+    warnings: Warnings,
+    truth: Truth | None = None,
+) -> Drawn:
+    """Draw at most `samples` calibration samples, and a quarter as many to hold back (a fifth of all), without replacement.
+
+    With `truth`, the labels of this signature's samples, both parts hold the classes in proportion.
+    """
+    layout = source.open(signature)
     batch = max((entry.shape[0] for entry in signature.inputs if entry.batched), default=1)
-    rng = np.random.default_rng(seed)
-    if border is None:
-        order = rng.permutation(count)
-        order = order[: (samples + _share(samples)) * batch]
-        held_count = _held_back(len(order) // batch) * batch
-        held, used = order[:held_count], order[held_count:]
-    else:
-        used = rng.permutation(border)[: samples * batch]
-        held = border + rng.permutation(count - border)[: _share(samples) * batch]
+    labels = truth.of_samples(source, signature, layout.count) if truth is not None else None
+    classes = labels if truth is not None and truth.kind == "classes" else None
+    used, held = split(layout, classes, samples=samples, batch=batch, rng=np.random.default_rng(seed))
+    used, held = (part[: len(part) // batch * batch] for part in (used, held))
     if min(len(held), len(used)) < batch:
         raise UsageError(
-            f"calibration data hold {count} samples; at least {2 * batch} are needed, "
-            f"one batch of {batch} to calibrate and one to measure quality on; {FEW_SAMPLES} or more are sensible"
+            f"calibration data hold {layout.count} samples; at least {2 * batch} are needed, "
+            f"one batch of {batch} to calibrate and one to measure quality on{_apart(layout.starts is not None)}; "
+            f"{FEW_SAMPLES} or more are sensible"
         )
-    drawn = Drawn(*(_group(source.take(signature, part), signature, batch) for part in (used, held)))
-    _look(drawn, signature, warnings)
-    return drawn
+    parts = source.take(signature, used), source.take(signature, held)
+    for note in source.notes:
+        warnings.add(note)
+    if len(used) // batch < FEW_SAMPLES:
+        warnings.add(
+            f"only {len(used) // batch} calibration samples; {FEW_SAMPLES} or more, better 100, make the ranges trustworthy"
+        )
+    for text in checks.look(signature, source, *parts):
+        warnings.add(text)
+    calibration, held_back = (_group(part, signature, batch) for part in parts)
+    if truth is None or labels is None:
+        return Drawn(calibration, held_back)
+    if classes is not None:
+        _look_at_classes(truth, classes, held, warnings)
+    chosen = np.ascontiguousarray(labels[held], np.int64 if classes is not None else np.int32)
+    chosen = chosen.reshape(len(chosen) // batch, batch, *chosen.shape[1:])
+    return Drawn(calibration, held_back, chosen, truth.kind, truth.classes)
 
 
-def _share(samples: int) -> int:
-    """Give how many are held back beside that many that calibrate."""
-    return max(MIN_HELD_BACK, round(samples * HELD_BACK / (1 - HELD_BACK)))
+def fingerprint(source: Source, truth: Truth | None = None) -> str:
+    """Give a SHA-256 of the data that was used, with its labels where they were given."""
+    if truth is None:
+        return source.fingerprint()
+    return hashlib.sha256(f"{source.fingerprint()} {truth.fingerprint()}".encode()).hexdigest()
 
 
-def _held_back(runs: int) -> int:
-    """Give how many of few runs are held back."""
-    return max(round(runs * HELD_BACK), min(MIN_HELD_BACK, runs // 2))
+def _apart(overlapping: bool) -> str:
+    return ", and windows that share rows cannot be in both (choose a larger --hop)" if overlapping else ""
 
 
 def _group(samples: Mapping[str, Array], signature: SignaturePlan, batch: int) -> Arrays:
     grouped = {}
     for entry in signature.inputs:
         array = samples[entry.name]
-        whole = len(array) // batch
         # An input without batch dimension gets one sample for each run.
-        grouped[entry.name] = (
-            array[: whole * batch].reshape(whole, *entry.shape) if entry.batched else array[: whole * batch : batch]
-        )
+        grouped[entry.name] = array.reshape(len(array) // batch, *entry.shape) if entry.batched else array[::batch]
     return grouped
 
 
-def _look(drawn: Drawn, signature: SignaturePlan, warnings: Warnings) -> None:
-    for entry in signature.inputs:
-        array = drawn.calibration[entry.name]
-        if array.size and array.min() == array.max():
-            warnings.add(
-                f"calibration data for input {entry.name!r} are constant ({array.flat[0]:g}): the ranges will fit nothing else"
-            )
-        elif len(array) > 1 and (array == array[0]).all():
-            warnings.add(
-                f"all calibration samples for input {entry.name!r} are equal: the ranges will fit nothing else"
-            )
-    number = len(next(iter(drawn.calibration.values())))
-    if number < FEW_SAMPLES:
+def _look_at_classes(truth: Truth, classes: Array, held: Array, warnings: Warnings) -> None:
+    missing = np.setdiff1d(classes, classes[held]).tolist()
+    if missing:
+        names = [truth.name(index) for index in missing]
         warnings.add(
-            f"only {number} calibration samples; {FEW_SAMPLES} or more, better 100, make the ranges trustworthy"
+            f"no sample of class {listed(names)} is held back, the figures say nothing of it: "
+            "give more samples of it (of recordings, more files)"
         )

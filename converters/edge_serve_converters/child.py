@@ -84,6 +84,11 @@ class Child:
         """Give the process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Say whether it can take another command."""
+        return self._process.poll() is None
+
     def hang_up(self) -> None:
         """Close the line, as the end of this process would: the child then ends itself."""
         assert self._process.stdin is not None

@@ -1,30 +1,39 @@
-"""`edge-serve convert`: the options and what is printed. Importing this module imports no tensorflow."""
+"""`edge-serve convert`: the options and what is printed. Importing this module imports no numpy and no tensorflow."""
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import click
 
-from edge_serve.errors import Problem, UsageError
-from edge_serve.schema import read
 from edge_serve.spec import InputSpec, OutputSpec
-from edge_serve_converters.request import DEFAULT_SAMPLES, DEFAULT_TIMEOUT_S, IO, MODES, Io, Mode, Request
-
-T = TypeVar("T")
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+from edge_serve_converters import recipe as recipes
+from edge_serve_converters.interrupt import terminated_as_interrupt
+from edge_serve_converters.options import input_shapes, input_spec, meaning_options, output_spec
+from edge_serve_converters.recipe import Recipe
+from edge_serve_converters.request import (
+    COMPAT,
+    DEFAULT_SAMPLES,
+    DEFAULT_TIMEOUT_S,
+    IO,
+    MODES,
+    TARGETS,
+    Compat,
+    Io,
+    Mode,
+    Request,
+    Target,
+)
 
 EPILOG = """\b
 Examples:
   edge-serve convert saved_model -o models/bearing --quantize int8 --calibration windows.npz --labels labels.txt
-  edge-serve convert saved_model -o models/photo --quantize int8 --quantize float16 --calibration photos/ --kind image
-  edge-serve convert saved_model -o models/motion --quantize int8 --calibration log.csv --kind window --hop 10 --channels ax,ay,az
+  edge-serve convert photo.keras -o models/photo --target xnnpack --target edgetpu --calibration photos/ --kind image
+  edge-serve convert saved_model -o models/motion --quantize int8 --auto --calibration log.csv --kind window --hop 10
+  edge-serve convert float.tflite -o models/faces --quantize none --quantize int8 --calibration faces.npz
 
 \b
 Exit codes: 0 all variants were written; 1 a variant failed its checks (the others were written);
@@ -32,102 +41,25 @@ Exit codes: 0 all variants were written; 1 a variant failed its checks (the othe
 """
 
 
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{option} {text}: give one number, or one for each channel with commas between") from error
+class _List(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """Words that may be given one by one or with commas between."""
 
+    name = "list"
 
-def _size(text: str) -> list[int]:
-    parts = text.lower().replace("x", ",").split(",")
-    if not all(part.strip().isdecimal() for part in parts) or len(parts) > 2:
-        raise UsageError(f"--size {text}: give HEIGHTxWIDTH in pixels, for example 224x224")
-    return [int(parts[0]), int(parts[-1])]
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self._choice = click.Choice(words)
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._choice.choices)}]"
 
-def _input_shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for text in texts:
-        name, equals, sizes = text.rpartition("=")
-        parts = sizes.split(",")
-        if not equals or not name or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise UsageError(f"--input-shape {text}: give NAME=1,224,224,3 with whole numbers above 0")
-        shapes[name] = tuple(int(part) for part in parts)
-    return shapes
-
-
-def _table(cls: type[T], values: dict[str, Any]) -> T:
-    """Check options as the configuration's fields are checked, with the option's name in the message."""
-    problems: list[Problem] = []
-    made = read(cls, {name: value for name, value in values.items() if value is not None}, "", problems)
-    if made is None or problems:
-        raise UsageError(
-            "\n".join(f"--{str(problem).replace('_', '-', problem.key.count('_'))}" for problem in problems)
-        )
-    return made
-
-
-def _choices(field: str, cls: type) -> click.Choice[str]:
-    """Offer the words that a field of the specification takes."""
-    from edge_serve.schema import hints
-
-    words = [word for part in get_args(hints(cls)[field]) for word in get_args(part)]
-    return click.Choice(words)
-
-
-def _meaning_options(command: _Command) -> _Command:
-    """Add the options that say what the model's inputs and outputs mean; they go into the manifest."""
-    for option in reversed(
-        (
-            click.option(
-                "--kind", type=_choices("kind", InputSpec), help="What the input is [default: told from the options]."
-            ),
-            click.option("--size", metavar="HxW", help="image: size in pixels [default: the model's input]."),
-            click.option("--color", type=_choices("color", InputSpec), help="image: channel order."),
-            click.option(
-                "--resize",
-                type=_choices("resize", InputSpec),
-                help="image: how it becomes that size [default: stretch].",
-            ),
-            click.option("--scale", type=float, help="image: pixels 0..255 are multiplied by this [default: 1/255]."),
-            click.option(
-                "--mean", metavar="N,…", help="image, window: subtracted; one number, or one for each channel."
-            ),
-            click.option("--std", metavar="N,…", help="image, window: divided by."),
-            click.option("--length", type=int, help="window: samples in a window [default: the model's input]."),
-            click.option("--hop", type=int, help="window: samples from one window to the next [default: length]."),
-            click.option(
-                "--channels", metavar="A,B,…", help="window: channel names; in CSV data the columns that are used."
-            ),
-            click.option("--rate-hz", type=float, help="window: nominal sampling rate."),
-            click.option(
-                "--output-type",
-                type=_choices("type", OutputSpec),
-                help="What the outputs are [default: classification with labels, else tensor].",
-            ),
-            click.option(
-                "--scores-output",
-                metavar="NAME",
-                help="classification: the output with the scores, if there are several.",
-            ),
-            click.option("--top-k", type=int, help="classification: most classes in a result."),
-            click.option("--threshold", type=float, help="Lowest score in a result."),
-            click.option(
-                "--activation", type=_choices("activation", OutputSpec), help="classification: applied to logits."
-            ),
-            *(
-                click.option(f"--{role}", metavar="NAME", help=f"detection: the output with the {role}.")
-                for role in ("boxes", "classes", "scores", "count")
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._choice.convert(part.strip(), param, ctx) for part in str(value).split(","))
 
 
 @click.command(epilog=EPILOG, context_settings={"max_content_width": 120})
-@click.argument("saved_model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -139,24 +71,73 @@ def _meaning_options(command: _Command) -> _Command:
     "--quantize",
     "modes",
     multiple=True,
-    required=True,
-    type=click.Choice(MODES),
+    type=_List(MODES),
     help="Repeatable; each makes a variant, the first is the default one.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    type=_List(TARGETS),
+    help="Repeatable; makes the variant that serves the delegate best: int8, an int8 file as Edge TPUs take it, float16.",
+)
+@click.option(
+    "--compat",
+    type=click.Choice(COMPAT),
+    help="Make only files that this runtime loads, too (32-bit ARM has no other).",
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Real inputs: .npz (arrays named after the inputs), .npy, .csv, or a folder of pictures. Needed for int8; "
-    "quality is measured on the part of it that is held back.",
+    help="Real inputs: .npz (arrays named after the inputs), .npy, .csv, .tfrecord, a folder of pictures or of WAV files. "
+    "Needed for int8; quality is measured on the part of it that is held back.",
+)
+@click.option(
+    "--labels-for",
+    metavar="FILE|folders|data",
+    help="What the calibration samples truly are, to measure accuracy, AUC or mean IoU: a file with one label a sample, "
+    "the folders that they lie in, or an array named label in the data.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["accuracy", "auc", "mean_iou"]),
+    help="What is measured with labels [default: what fits them].",
 )
 @click.option(
     "--io",
     type=click.Choice(IO),
-    default="float",
-    show_default=True,
     help="int8: dtype of the file's own inputs and outputs. Clients of edge-serve send real values either way; "
-    "int8 and uint8 save a step on pictures, and accelerators need them.",
+    "int8 and uint8 save a step on pictures, and accelerators need them.  [default: float]",
 )
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="PATTERN",
+    help="int8: operators or layers that stay float, by name, with * and ?; repeatable.",
+)
+@click.option("--auto", is_flag=True, default=None, help="int8: keep the fewest layers float that pass the gates.")
+@click.option(
+    "--allow-float-operators",
+    is_flag=True,
+    default=None,
+    help="int8: accept operators that stay float for want of an int8 form.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    help="Refuse a variant that loses more accuracy (AUC, mean IoU); 0.01 is one point [default: 0.01].",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Refuse one that chooses the model's class less often [default: by mode].",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(-1, 1),
+    help="Refuse one with a lower cosine on any sample [default: by mode].",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with these options; the command line wins.")
 @click.option(
     "--signature",
     "signatures",
@@ -167,21 +148,19 @@ def _meaning_options(command: _Command) -> _Command:
 @click.option(
     "--input-shape", "shapes", multiple=True, metavar="NAME=1,H,W,C", help="Fixed shape of an input, repeatable."
 )
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Fixed batch of all inputs.")
+@click.option("--batch", type=click.IntRange(1), help="Fixed batch of all inputs.  [default: 1]")
 @click.option("--labels", type=click.Path(path_type=Path), help="File with one class label a line.")
 @click.option(
     "--samples",
     type=click.IntRange(2),
-    default=DEFAULT_SAMPLES,
-    show_default=True,
-    help="Most calibration samples; a quarter as many more are held back.",
+    help=f"Most calibration samples; a quarter as many more are held back.  [default: {DEFAULT_SAMPLES}]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For drawing samples.")
+@click.option("--seed", type=click.IntRange(0), help="For drawing samples.  [default: 0]")
 @click.option("--version", type=click.IntRange(0), help="Version number [default: the next free one].")
 @click.option("--force", is_flag=True, help="Replace an existing --version.")
 @click.option("--name", help="The model's name in the manifest [default: OUTPUT's name].")
 @click.option(
-    "--allow-float-operators", is_flag=True, help="int8: accept operators that stay float for want of an int8 form."
+    "--tensorboard", metavar="LOGDIR", type=click.Path(path_type=Path), help="Write the report for TensorBoard, too."
 )
 @click.option(
     "--timeout",
@@ -196,26 +175,37 @@ def _meaning_options(command: _Command) -> _Command:
     metavar="MIB",
     help="Memory at which a step is stopped [default: 90 % of the machine's].",
 )
-@_meaning_options
+@meaning_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only the bundle's folder.")
 @click.option("-v", "--verbose", is_flag=True, help="Show everything that tensorflow logs.")
 def convert(
-    saved_model: Path,
+    model: Path,
     output: Path,
-    modes: tuple[Mode, ...],
+    modes: tuple[tuple[Mode, ...], ...],
+    targets: tuple[tuple[Target, ...], ...],
+    compat: Compat | None,
     calibration: Path | None,
-    io: Io,
+    labels_for: str | None,
+    metric: Any,
+    io: Io | None,
+    keep_float: tuple[str, ...],
+    auto: bool | None,
+    allow_float_operators: bool | None,
+    max_drop: float | None,
+    min_agreement: float | None,
+    min_cosine: float | None,
+    recipe: Path | None,
     signatures: tuple[str, ...],
     shapes: tuple[str, ...],
-    batch: int,
+    batch: int | None,
     labels: Path | None,
-    samples: int,
-    seed: int,
+    samples: int | None,
+    seed: int | None,
     version: int | None,
     force: bool,
     name: str | None,
-    allow_float_operators: bool,
+    tensorboard: Path | None,
     timeout: float,
     memory_limit: int | None,
     as_json: bool,
@@ -223,29 +213,64 @@ def convert(
     verbose: bool,
     **meaning: Any,
 ) -> None:
-    """Convert a TensorFlow SavedModel to a bundle for devices.
+    """Convert MODEL to a bundle for devices: a SavedModel folder, a .keras or .h5 file, or a float .tflite file.
 
     Every variant is checked before it is written: the operators it needs, its weights, its tensor types, and its outputs in
-    the device runtime against the SavedModel's, on held-back samples, zeros and extremes.
+    the device runtime against the float model's, on held-back samples, zeros and extremes. One that is too far from the
+    float model is not written; the report says where its error begins.
     """
-    request = Request(
-        saved_model=saved_model,
-        output=output,
-        modes=tuple(dict.fromkeys(modes)),
-        calibration=calibration,
+    said = Recipe(
+        schema=recipes.SCHEMA,
+        quantize=_joined(modes),
         io=io,
-        signatures=signatures,
-        input_shapes=_input_shapes(shapes),
+        signatures=signatures or None,
+        input_shapes=input_shapes(shapes) or None,
         batch=batch,
-        labels=labels,
+        labels=str(labels) if labels is not None else None,
         samples=samples,
         seed=seed,
+        keep_float=keep_float or None,
+        auto=auto,
+        allow_float_operators=allow_float_operators,
+        target=_joined(targets),
+        compat=compat,
+        metric=metric,
+        max_drop=max_drop,
+        min_agreement=min_agreement,
+        min_cosine=min_cosine,
+        input=input_spec(meaning),
+        output=output_spec(meaning),
+    )
+    if recipe is not None:
+        said = recipes.combine(recipes.load(recipe), said)
+    request = Request(
+        model=model,
+        output=output,
+        modes=said.quantize or (),
+        targets=said.target or (),
+        compat=said.compat,
+        calibration=calibration,
+        labels_for=labels_for,
+        io=said.io or "float",
+        signatures=said.signatures or (),
+        input_shapes=said.input_shapes or {},
+        batch=said.batch or 1,
+        labels=Path(said.labels) if said.labels is not None else None,
+        samples=said.samples or DEFAULT_SAMPLES,
+        seed=said.seed or 0,
         version=version,
         force=force,
         name=name,
-        allow_float_operators=allow_float_operators,
-        input=_input_spec(meaning),
-        output_spec=_output_spec(meaning),
+        allow_float_operators=said.allow_float_operators or False,
+        keep_float=said.keep_float or (),
+        auto=said.auto or False,
+        metric=said.metric,
+        max_drop=said.max_drop,
+        min_agreement=said.min_agreement,
+        min_cosine=said.min_cosine,
+        input=said.input or InputSpec(),
+        output_spec=said.output or OutputSpec(),
+        tensorboard=tensorboard,
         timeout_s=timeout,
         memory_limit_mb=memory_limit,
         verbose=verbose,
@@ -253,21 +278,8 @@ def convert(
     run(request, as_json=as_json, quiet=quiet)
 
 
-def _input_spec(options: dict[str, Any]) -> InputSpec:
-    values = {name: options[name] for name in ("kind", "color", "resize", "scale", "length", "hop", "rate_hz")}
-    values["size"] = _size(options["size"]) if options["size"] is not None else None
-    for name in ("mean", "std"):
-        values[name] = _numbers(options[name], f"--{name}") if options[name] is not None else None
-    if options["channels"] is not None:
-        values["channels"] = [part.strip() for part in options["channels"].split(",")]
-    return _table(InputSpec, values)
-
-
-def _output_spec(options: dict[str, Any]) -> OutputSpec:
-    values = {
-        name: options[name] for name in ("top_k", "threshold", "activation", "boxes", "classes", "scores", "count")
-    }
-    return _table(OutputSpec, {**values, "type": options["output_type"], "tensor": options["scores_output"]})
+def _joined(parts: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...] | None:
+    return tuple(dict.fromkeys(word for part in parts for word in part)) or None
 
 
 def run(request: Request, *, as_json: bool, quiet: bool) -> None:
@@ -279,7 +291,7 @@ def run(request: Request, *, as_json: bool, quiet: bool) -> None:
 
     bar = progress.Bar(sys.stderr, enabled=sys.stderr.isatty() and not (as_json or quiet or request.verbose))
     try:
-        with _terminated_as_interrupt():
+        with terminated_as_interrupt():
             outcome = convert_model(request, bar)
     finally:
         bar.clear()
@@ -297,21 +309,3 @@ def run(request: Request, *, as_json: bool, quiet: bool) -> None:
         click.echo(str(outcome.bundle))
     if outcome.failures:
         raise ConversionError(progress.failed(outcome))
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, so that children and temporary folders go away too."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: whoever called owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

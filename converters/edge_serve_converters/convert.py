@@ -1,11 +1,11 @@
-"""One conversion from beginning to end: SavedModel and data in, a bundle of checked variants out."""
+"""One conversion from beginning to end: model and data in, a bundle of checked variants out."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,14 +15,17 @@ from edge_serve.bundle import read_labels
 from edge_serve.errors import BundleError, UsageError
 from edge_serve.model.interpreter import load_runtime
 from edge_serve.spec import OutputSpec
-from edge_serve_converters import meaning, store, writer
-from edge_serve_converters.calibration import Warnings, open_source
-from edge_serve_converters.errors import ConversionError
+from edge_serve_converters import meaning, model_file, store, wanted, warmup, writer
+from edge_serve_converters.calibration import Source, Warnings, fingerprint, open_source
+from edge_serve_converters.errors import ConversionError, RefusedError
 from edge_serve_converters.outcome import Failure, Outcome, recipe, report
-from edge_serve_converters.prepare import prepare
-from edge_serve_converters.request import VARIANT_NAMES, Request
+from edge_serve_converters.prepare import GOLDEN_BYTES, prepare
+from edge_serve_converters.request import Request, Wanted
+from edge_serve_converters.session import device_session, source_session
+from edge_serve_converters.tensorboard import write as write_events
 from edge_serve_converters.trial import Prepared
-from edge_serve_converters.variants import Made, make
+from edge_serve_converters.truth import Truth, open_truth
+from edge_serve_converters.variants import Made, Meaning, Workshop
 
 
 class Listener(Protocol):
@@ -35,66 +38,73 @@ class Listener(Protocol):
 
 def convert(request: Request, listener: Listener) -> Outcome:
     """Convert; UsageError for what only a person can change. Variants that failed are in the outcome, not raised."""
-    _check_request(request)
+    form = model_file.recognise(request.model)
+    asked = wanted.settle(request)
+    model_file.check_packages(form)
+    load_runtime()
     request = dataclasses.replace(request, input=meaning.settle_input(request.input, request.calibration))
     source = open_source(request.calibration, request.input) if request.calibration is not None else None
     labels = _labels(request)
+    truth = _truth(request, source, labels)
     warnings = Warnings()
-    outcome = Outcome(measured_on="random inputs" if source is None else "held-back samples")
-    with writer.reserved(request.output), tempfile.TemporaryDirectory(prefix="edge-serve-convert-") as temporary:
+    outcome = Outcome(measured_on="random inputs" if source is None else "held-back samples", format=form)
+    with (
+        writer.reserved(request.output),
+        tempfile.TemporaryDirectory(prefix="edge-serve-convert-") as temporary,
+        source_session(request, form, Path(temporary)) as model,
+        device_session(request, Path(temporary)) as device,
+    ):
         outcome.version = writer.choose_version(request.output, request.version, request.force)
         work = Path(temporary)
         started = time.monotonic()
-        prepared, tensorflow = prepare(
-            request, source, work, warnings, lambda *stage: listener.stage("SavedModel", *stage)
+        prepared = prepare(
+            request, source, truth, model, form, work, warnings, lambda *stage: listener.stage("model", *stage)
         )
+        asked = wanted.for_source(asked, prepared.weights)
         outcome.seconds["prepare"] = time.monotonic() - started
-        _check_labels(labels, request.output_spec, prepared[0])
-        _look_for_logits(request.output_spec, prepared[0], warnings)
-        _make_all(request, prepared, work, outcome, listener)
+        first = prepared.signatures[0]
+        _check_labels(labels, request.output_spec, first)
+        _check_classes(truth, first)
+        _look_for_logits(request.output_spec, first, warnings)
+        outcome.name = request.name or request.output.resolve().name
+        spoken = Meaning(
+            outcome.name, outcome.version, request.input, _output(request.output_spec, labels, first), labels
+        )
+        _make_all(Workshop(request, prepared, spoken, model, device, work), asked, outcome, listener)
         outcome.warnings = [*warnings.texts, *(text for made in outcome.made for text in made.warnings)]
+        outcome.recipe = recipe(request, asked, prepared, fingerprint(source, truth) if source is not None else None)
+        outcome.statistics = prepared.statistics
         if outcome.made:
             content = writer.Content(
-                name=request.name or request.output.resolve().name,
+                name=outcome.name,
                 variants=outcome.made,
                 input=request.input,
-                output=_output(request.output_spec, labels, prepared[0]),
+                output=spoken.output,
                 labels=labels,
-                samples=_golden_samples(prepared[0], outcome.made[0]),
-                recipe=recipe(request, prepared, tensorflow, source),
+                samples=_golden_samples(first, outcome.made[0]),
+                warm_up=_warm_up(outcome.name, first),
+                recipe=outcome.recipe,
                 report=report(outcome),
             )
             outcome.bundle = writer.write(request.output, outcome.version, request.force, content)
+        if request.tensorboard is not None:
+            write_events(request.tensorboard, report(outcome))
     return outcome
 
 
-def _check_request(request: Request) -> None:
-    path = request.saved_model
-    if not path.exists():
-        raise UsageError(f"{path}: no such SavedModel")
-    if path.is_file():
-        keras = path.suffix in (".keras", ".h5", ".hdf5")
-        remedy = "; in Keras: keras.models.load_model(FILE).export(FOLDER)" if keras else ""
-        raise UsageError(f"{path}: is a file; a SavedModel is a folder with saved_model.pb{remedy}")
-    if not any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
-        raise UsageError(
-            f"{path}: is no SavedModel, it holds no saved_model.pb; save one with model.export(FOLDER) or tf.saved_model.save"
-        )
-    if "int8" in request.modes and request.calibration is None:
-        raise UsageError(
-            "--quantize int8 needs --calibration DATA: samples of real inputs, from which the ranges of all tensors are taken"
-        )
-    if request.io != "float" and "int8" not in request.modes:
-        raise UsageError(f"--io {request.io} goes with --quantize int8; the other modes take and give floats")
-    if importlib.util.find_spec("tensorflow") is None:
-        raise UsageError(
-            "edge-serve convert needs tensorflow, which is not installed: pip install 'edge-serve[convert]'"
-        )
-    load_runtime()
-    if importlib.util.find_spec("ai_edge_litert") is None:
-        raise UsageError(
-            "edge-serve convert checks its files with ai-edge-litert, which is not installed: pip install ai-edge-litert"
-        )
+def _warm_up(name: str, entry: Prepared) -> bytes | None:
+    """Give requests for TensorFlow Serving to warm the model up with; None where the inputs are too large for any."""
+    return warmup.encode(name, entry.plan.key, store.load(entry.golden_inputs), max_bytes=GOLDEN_BYTES) or None
+
+
+def _truth(request: Request, source: Source | None, labels: tuple[str, ...] | None) -> Truth | None:
+    if request.labels_for is None:
+        if request.metric is not None:
+            raise UsageError(f"--metric {request.metric} is measured with labels; give them with --labels-for")
+        return None
+    if source is None:
+        raise UsageError("--labels-for goes with --calibration DATA: it says what those samples are")
+    return open_truth(request.labels_for, source, labels)
 
 
 def _labels(request: Request) -> tuple[str, ...] | None:
@@ -127,6 +137,14 @@ def _check_labels(labels: tuple[str, ...] | None, spec: OutputSpec, entry: Prepa
         )
 
 
+def _check_classes(truth: Truth | None, entry: Prepared) -> None:
+    """Check that the classes of the labels are those that the scores have."""
+    if truth is None or entry.classifier is None:
+        return
+    scores = store.load(entry.expected["measured"])[entry.classifier]
+    truth.check_classes(scores.shape[-1], f"output {entry.classifier!r} has")
+
+
 def _look_for_logits(spec: OutputSpec, entry: Prepared, warnings: Warnings) -> None:
     if entry.classifier is None or spec.activation is not None:
         return
@@ -146,22 +164,20 @@ def _named_outputs(spec: OutputSpec) -> dict[str, str]:
     return {option: name for option, name in named.items() if name is not None}
 
 
-def _make_all(request: Request, prepared: list[Prepared], work: Path, outcome: Outcome, listener: Listener) -> None:
-    path = str(request.saved_model.resolve())
-    for mode in request.modes:
-        name = VARIANT_NAMES[mode]
+def _make_all(workshop: Workshop, asked: Sequence[Wanted], outcome: Outcome, listener: Listener) -> None:
+    for variant in asked:
 
-        def progress(stage: str, done: int, total: int, name: str = name) -> None:
+        def progress(stage: str, done: int, total: int, name: str = variant.name) -> None:
             listener.stage(name, stage, done, total)
 
         started = time.monotonic()
         try:
-            outcome.made.append(make(request, mode, prepared, path, work, progress))
+            outcome.made.append(workshop.make(variant, progress))
+        except RefusedError as error:
+            outcome.failures.append(Failure(variant.name, str(error), error.log, error.details))
         except ConversionError as error:
-            outcome.failures.append(Failure(name, str(error), error.log))
-        except UsageError as error:
-            outcome.failures.append(Failure(name, str(error), ""))
-        outcome.seconds[name] = time.monotonic() - started
+            outcome.failures.append(Failure(variant.name, str(error), error.log))
+        outcome.seconds[variant.name] = time.monotonic() - started
 
 
 def _output(spec: OutputSpec, labels: tuple[str, ...] | None, entry: Prepared) -> OutputSpec:
@@ -175,7 +191,7 @@ def _output(spec: OutputSpec, labels: tuple[str, ...] | None, entry: Prepared) -
 def _golden_samples(entry: Prepared, default: Made) -> store.Arrays:
     inputs = store.load(entry.golden_inputs)
     samples = {f"input/{name}": np.array(array) for name, array in inputs.items()}
-    if "max_error" in default.quality:  # else the SavedModel's outputs are a stand-in's
+    if "max_error" in default.quality:  # else the source model's outputs are a stand-in's
         outputs = store.load(entry.expected["measured"])
         samples.update({f"output/{name}": np.array(array[: entry.golden]) for name, array in outputs.items()})
     return samples

@@ -1,6 +1,9 @@
-"""The converter's own error: a model could not be converted, or what came out must not be shipped."""
+"""The converter's own errors: a model could not be converted, or what came out must not be shipped."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from edge_serve.errors import GateError
 
@@ -15,3 +18,24 @@ class ConversionError(GateError):
 
 class UnexplainedError(ConversionError):
     """The converter's own message is all there is to say; the end of its log goes with it."""
+
+
+class RefusedError(ConversionError):
+    """A variant that runs but is too far from the float model: what was measured, and where the error begins."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        quality: Mapping[str, Any],
+        gates: Sequence[Mapping[str, Any]],
+        layers: Sequence[Mapping[str, Any]],
+        first_bad_layer: str | None,
+    ) -> None:
+        super().__init__(message)
+        self.details: dict[str, Any] = {
+            "quality": dict(quality),
+            "gates": list(gates),
+            "layers": list(layers),
+            "first_bad_layer": first_bad_layer,
+        }

@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_serve.bundle import TensorSpec
 from edge_serve.errors import ModelError, UsageError
 from edge_serve.spec import InputSpec
+from edge_serve_converters.calibration import kind_of
 from edge_serve_converters.plan import SignaturePlan
 
 _IMAGE_FIELDS = ("size", "color", "resize", "scale")
@@ -24,7 +25,7 @@ def settle_input(spec: InputSpec, calibration: Path | None) -> InputSpec:
     window = [name for name in _WINDOW_FIELDS if getattr(spec, name) is not None]
     kind = spec.kind or ("image" if image else "window" if window else None)
     if kind is None:
-        kind = "image" if calibration is not None and calibration.is_dir() else "tensor"
+        kind = (kind_of(calibration) if calibration is not None else None) or "tensor"
     misplaced = {"image": window, "window": image, "tensor": image + window}[kind]
     if misplaced:
         options = ", ".join("--" + name.replace("_", "-") for name in misplaced)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,45 +12,37 @@ from edge_serve.bundle import TensorSpec
 from edge_serve.errors import EdgeServeError, UsageError
 from edge_serve.processing.image import ImageProcessor
 from edge_serve.spec import InputSpec
-from edge_serve_converters.plan import Shape, SignaturePlan
+from edge_serve_converters.plan import InputPlan, SignaturePlan
+from edge_serve_converters.source import Layout, Source, folder_names, only_input
 from edge_serve_converters.store import Array, Arrays
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 
-class PictureSource:
-    """All JPEG and PNG files under a folder, in the order of their paths. Only those that are drawn are decoded."""
+class PictureSource(Source):
+    """JPEG and PNG files, in the order of their paths. Only those that are drawn are decoded."""
 
-    def __init__(self, path: Path, spec: InputSpec) -> None:
-        self.path = path
-        self._spec = spec
-        self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not self._files:
-            raise UsageError(f"{path}: holds no pictures ({', '.join(sorted(SUFFIXES))}), also not in its folders")
+    unit = "picture"
+
+    def __init__(self, path: Path, files: Sequence[Path], spec: InputSpec) -> None:
+        super().__init__(path, spec)
+        self._files = files
         self._digest = hashlib.sha256()
 
-    def hint(self, signature: str, name: str) -> Shape | None:
-        """Pictures come in all sizes: the model (or --size) decides."""
-        return None
+    @property
+    def units(self) -> int:
+        """Give the number of pictures."""
+        return len(self._files)
 
-    def open(self, signature: SignaturePlan) -> tuple[int, int | None]:
+    def open(self, signature: SignaturePlan) -> Layout:
         """Check that the model takes one picture."""
-        self._processor(signature)
-        return len(self._files), None
-
-    def _processor(self, signature: SignaturePlan) -> ImageProcessor:
-        if len(signature.inputs) != 1:
-            names = ", ".join(entry.name for entry in signature.inputs)
-            raise UsageError(
-                f"{self.path}: signature {signature.key} has several inputs ({names}); give an .npz with these names"
-            )
-        entry = signature.inputs[0]
-        return ImageProcessor(self._spec, TensorSpec(entry.name, entry.dtype, (1, *entry.sample_shape)))
+        image_processor(self.spec, only_input(self.path, signature))
+        return Layout(len(self._files))
 
     def take(self, signature: SignaturePlan, indices: Array) -> Arrays:
         """Decode pictures; UsageError names the file that is none."""
-        entry = signature.inputs[0]
-        processor = self._processor(signature)
+        entry = only_input(self.path, signature)
+        processor = image_processor(self.spec, entry)
         samples = np.empty((len(indices), *entry.sample_shape), entry.dtype)
         for place, index in enumerate(indices.tolist()):
             file = self._files[index]
@@ -61,6 +54,15 @@ class PictureSource:
             self._digest.update(f"{file.relative_to(self.path).as_posix()}\n".encode() + payload)
         return {entry.name: samples}
 
+    def folders(self) -> list[str]:
+        """Give the folder of each picture."""
+        return folder_names(self.path, self._files)
+
     def fingerprint(self) -> str:
         """Hash the names and bytes of the pictures that were drawn, in their order."""
         return self._digest.hexdigest()
+
+
+def image_processor(spec: InputSpec, entry: InputPlan) -> ImageProcessor:
+    """Give the device's processing of pictures for an input; ModelError (a UsageError) if it takes no pictures."""
+    return ImageProcessor(spec, TensorSpec(entry.name, entry.dtype, (1, *entry.sample_shape)))

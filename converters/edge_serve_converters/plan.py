@@ -67,12 +67,12 @@ def make_plan(described: Mapping[str, Any], request: Request, hint: Hint) -> tup
 def _choose(known: list[str], request: Request) -> list[str]:
     if not known:
         raise UsageError(
-            f"{request.saved_model}: has no signatures; save it again with tf.saved_model.save(…, signatures=…) or Keras' model.export()"
+            f"{request.model}: has no signatures; save it again with tf.saved_model.save(…, signatures=…) or Keras' model.export()"
         )
     if request.signatures:
         for key in request.signatures:
             if key not in known:
-                raise UsageError(f"{request.saved_model}: has no signature {key!r}; it has: {', '.join(known)}")
+                raise UsageError(f"{request.model}: has no signature {key!r}; it has: {', '.join(known)}")
         chosen = list(dict.fromkeys(request.signatures))
         return sorted(chosen, key=lambda key: key != DEFAULT_SIGNATURE)
     if DEFAULT_SIGNATURE in known:
@@ -80,7 +80,7 @@ def _choose(known: list[str], request: Request) -> list[str]:
     if len(known) == 1:
         return known
     raise UsageError(
-        f"{request.saved_model}: has the signatures {', '.join(known)}; choose with --signature (it may be given several times)"
+        f"{request.model}: has the signatures {', '.join(known)}; choose with --signature (it may be given several times)"
     )
 
 

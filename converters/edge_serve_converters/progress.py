@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from edge_serve_converters.outcome import Outcome
-from edge_serve_converters.variants import Made
+if TYPE_CHECKING:
+    from edge_serve_converters.outcome import Outcome
+    from edge_serve_converters.variants import Made
 
 _STAGES = {
     "start": "starting tensorflow",
@@ -18,6 +19,9 @@ _STAGES = {
     "calibrate": "calibrating",
     "quantize": "quantizing",
     "run": "checking in the device runtime",
+    "layers": "comparing layer by layer",
+    "compile": "compiling for the Edge TPU",
+    "latency": "measuring latency",
 }
 _BAR = 24
 # A terminal need not be redrawn more often than people see.
@@ -68,12 +72,31 @@ def _part(done: int, total: int, elapsed: float) -> str:
     return f" [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}{left}"
 
 
+_HEAD = (
+    "variant",
+    "bytes",
+    "operators",
+    "on XNNPACK",
+    "max error",
+    "SQNR",
+    "cosine",
+    "same class",
+    "float",
+    "variant's",
+)
+_METRICS = {"accuracy": "accuracy", "auc": "AUC", "mean_iou": "mean IoU"}
+
+
 def table(outcome: Outcome) -> str:
-    """Draw the closing table of the variants that were made."""
-    head = ("variant", "bytes", "operators", "max error", "mean error", "cosine", "same class", "needs TFLite")
+    """Draw the closing table of the variants that were made; columns that nobody has a figure for are left out."""
+    tasks = [made.quality["task"] for made in outcome.made if "task" in made.quality]
+    head = list(_HEAD)
+    if tasks:
+        name = _METRICS[tasks[0]["metric"]]
+        head[-2:] = [f"{name}: float", "variant"]
+    head += ["ms here", "needs TFLite"]
     rows = [head, *(_row(made) for made in outcome.made)]
-    if not any("top1_agreement" in made.quality for made in outcome.made):
-        rows = [row[:6] + row[7:] for row in rows]
+    rows = [list(cells) for cells in zip(*(c for c in zip(*rows, strict=True) if set(c[1:]) != {"-"}), strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(_pad(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
@@ -86,29 +109,42 @@ def _pad(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column == 0 else cell.rjust(width)
 
 
-def _row(made: Made) -> tuple[str, ...]:
-    return (
-        made.name if made.io == "float32" else f"{made.name} ({made.io} I/O)",
+def _row(made: Made) -> list[str]:
+    task = made.quality.get("task", {})
+    name = made.name if made.io == "float32" else f"{made.name} ({made.io} I/O)"
+    if made.kept_float:
+        name += f" ({len(made.kept_float)} layer{'s'[: len(made.kept_float) != 1]} float)"
+    return [
+        name,
         f"{made.bytes:,}",
         str(sum(made.contents.operators.values())),
+        str(sum(made.default.claimed.values())),
         _figure(made.quality.get("max_error"), ".3g"),
-        _figure(made.quality.get("mean_error"), ".3g"),
+        _figure(made.quality.get("sqnr_db"), ".1f", " dB"),
         _figure(made.quality.get("cosine"), ".5f"),
         _figure(made.quality.get("top1_agreement"), ".1%"),
-        made.contents.min_runtime or "?",
-    )
+        _figure(task.get("float"), ".4f"),
+        _figure(task.get("variant"), ".4f"),
+        _figure(made.default.latency_ms.get("p50"), ".3g"),
+        made.min_runtime or "?",
+    ]
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, form) + unit
 
 
 def closing(outcome: Outcome) -> list[str]:
-    """Give the lines after the table: what the figures were measured on, and warnings."""
+    """Give the lines after the table: what the figures were measured on, where targets stand, and warnings."""
+    from edge_serve_converters import compatibility  # the bar alone needs no flatbuffers
+
     lines = []
     if outcome.made:
         count = outcome.made[0].quality["samples"]
         lines.append(_measured(outcome.measured_on, count))
+        for made in outcome.made:
+            if made.wanted.target is not None:
+                lines += compatibility.lines(made.compatibility, made.name)
     lines.extend(f"warning: {text}" for text in outcome.warnings)
     return lines
 
@@ -116,10 +152,10 @@ def closing(outcome: Outcome) -> list[str]:
 def _measured(on: str, count: int) -> str:
     if on == "random inputs":
         return (
-            f"errors against the SavedModel on {count} random inputs: they say that the file computes the same function, "
+            f"errors against the source model on {count} random inputs: they say that the file computes the same function, "
             "not how it does on real inputs; give --calibration DATA to measure that"
         )
-    return f"errors against the SavedModel on {count} held-back samples, which did not calibrate"
+    return f"errors against the source model on {count} held-back samples, which did not calibrate"
 
 
 def failed(outcome: Outcome) -> str:

@@ -8,13 +8,19 @@ from typing import Literal
 
 from edge_serve.spec import InputSpec, OutputSpec
 
-Mode = Literal["none", "float16", "dynamic", "int8"]
+Mode = Literal["none", "float16", "dynamic", "int8", "int16x8", "selective"]
 Io = Literal["float", "int8", "uint8"]
+Target = Literal["xnnpack", "edgetpu", "gpu"]
+Compat = Literal["tflite-runtime"]
 
-MODES: tuple[Mode, ...] = ("none", "float16", "dynamic", "int8")
+MODES: tuple[Mode, ...] = ("none", "float16", "dynamic", "int8", "int16x8", "selective")
+# These take the ranges of all tensors from samples.
+CALIBRATED: frozenset[Mode] = frozenset({"int8", "int16x8", "selective"})
 IO: tuple[Io, ...] = ("float", "int8", "uint8")
+TARGETS: tuple[Target, ...] = ("xnnpack", "edgetpu", "gpu")
+COMPAT: tuple[Compat, ...] = ("tflite-runtime",)
 # The variant's name says what the file is: "none" would read as if nothing were in it.
-VARIANT_NAMES: dict[Mode, str] = {"none": "float32", "float16": "float16", "dynamic": "dynamic", "int8": "int8"}
+VARIANT_NAMES: dict[Mode, str] = {"none": "float32"}
 
 DEFAULT_SAMPLES = 200
 DEFAULT_TIMEOUT_S = 1800.0
@@ -26,10 +32,14 @@ HELD_BACK = 0.2
 class Request:
     """One run of `edge-serve convert`."""
 
-    saved_model: Path
+    model: Path
     output: Path
-    modes: tuple[Mode, ...]
+    modes: tuple[Mode, ...] = ()
+    targets: tuple[Target, ...] = ()
+    compat: Compat | None = None
     calibration: Path | None = None
+    labels_for: str | None = None
+    """Where the truth of each calibration sample stands: a file, or one of the words `folders` and `data`."""
     io: Io = "float"
     signatures: tuple[str, ...] = ()
     """Empty: `serving_default`, or the only one."""
@@ -43,8 +53,37 @@ class Request:
     force: bool = False
     name: str | None = None
     allow_float_operators: bool = False
+    keep_float: tuple[str, ...] = ()
+    """Patterns of operators and layers that stay float in int8 variants."""
+    auto: bool = False
+    """Keep the fewest layers float with which an int8 variant passes the gates."""
+    metric: Literal["accuracy", "auc", "mean_iou"] | None = None
+    """What is measured with labels; None: what fits them."""
+    max_drop: float | None = None
+    min_agreement: float | None = None
+    min_cosine: float | None = None
     input: InputSpec = InputSpec()
     output_spec: OutputSpec = OutputSpec()
+    tensorboard: Path | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     memory_limit_mb: int | None = None
     verbose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One variant that shall be made."""
+
+    name: str
+    mode: Mode
+    io: Io = "float"
+    keep_float: tuple[str, ...] = ()
+    auto: bool = False
+    per_channel_dense: bool = True
+    """Whether dense layers may have one scale for each output: Edge TPUs refuse such files."""
+    target: Target | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Tell whether it takes calibration data to make it."""
+        return self.mode in CALIBRATED

@@ -1,4 +1,4 @@
-"""SavedModels inside the child process: loading, describing, running in float, and tracing again with fixed shapes."""
+"""SavedModels (and Keras files) inside the child process: loading, describing, running in float, tracing with fixed shapes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,27 @@ from edge_serve_converters import store
 from edge_serve_converters.channel import Report, first_line
 
 
-def load(tf: Any, path: str) -> Any:
-    """Load a SavedModel; UsageError says why it cannot be."""
+def export_keras(tf: Any, file: Path, folder: Path) -> str:
+    """Load a .keras or .h5 file and export it as a SavedModel into the folder; gives the folder. UsageError says why not.
+
+    Nothing of the file is run as code: Keras' safe mode refuses pickled functions (Lambda layers).
+    """
     try:
-        return tf.saved_model.load(path)
+        model = tf.keras.models.load_model(str(file), compile=False)
+        model.export(str(folder), format="tf_saved_model", verbose=False)
+    except Exception as error:  # damaged files, unknown layers and unsafe ones raise anything
+        raise UsageError(
+            f"{file}: keras {tf.keras.__version__} cannot load this model ({first_line(error)}); it must hold the whole model "
+            "(model.save, not save_weights) without layers of your own or lambdas. Else load it in your program and give the "
+            "folder that model.export(FOLDER) makes"
+        ) from error
+    return str(folder)
+
+
+def load(tf: Any, folder: str, path: str) -> Any:
+    """Load a SavedModel from a folder; UsageError says why `path`, which it was made of, cannot be used."""
+    try:
+        return tf.saved_model.load(folder)
     except Exception as error:  # damaged files and missing custom operators raise anything
         raise UsageError(
             f"{path}: tensorflow {tf.__version__} cannot load this SavedModel ({first_line(error)}); "

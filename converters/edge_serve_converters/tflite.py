@@ -27,31 +27,141 @@ class Job:
 
     mode: Mode
     io: Io
-    signatures: Sequence[Mapping[str, Any]]
     single_batch: bool
     """All batches are 1: lists of tensors (recurrent layers) may take it as their unknown dimension."""
     dynamic_batch: bool
     allow_float: bool
+    keep_float: tuple[str, ...]
+    """Names of the layers (output tensors of the float file) that stay float."""
+    per_channel_dense: bool
 
 
-def make(tf: Any, loaded: Any, job: Job, work: Path, report: Report) -> tuple[bytes, bool]:
-    """Convert, with the weights frozen if they are lost otherwise; gives the file and whether that was needed."""
-    for freeze in (False, True):
-        report("trace", 0, 0)
-        saved = trace(
-            tf, loaded, job.signatures, work / f"traced-{int(freeze)}", freeze=freeze, dynamic_batch=job.dynamic_batch
+class Converter:
+    """One loaded SavedModel, and what its variants share: the graph traced with fixed shapes, and its calibrated float file.
+
+    Quantizing is quick once a model is calibrated, so int8 variants with other I/O or other layers left float cost little.
+    """
+
+    def __init__(self, tf: Any, loaded: Any, signatures: Sequence[Mapping[str, Any]], work: Path) -> None:
+        self._tf = tf
+        self._loaded = loaded
+        self._signatures = signatures
+        self._work = work
+        self._traced: dict[tuple[bool, bool], str] = {}
+        self._calibrated: dict[tuple[bool, bool], bytes] = {}
+
+    def make(self, job: Job, report: Report) -> bytes:
+        """Convert; with the weights frozen if they are lost otherwise. ConversionError says why there is no file."""
+        for freeze in (False, True):
+            data = self._convert(job, freeze, report)
+            contents = read_contents(data)
+            if job.io != "float" and not DEVICE_CUSTOM_OPERATORS.isdisjoint(contents.operators):
+                # Calibration has only seen the stand-in of a fused operator: no range fits what the operator really gives.
+                data = self._convert(job, freeze, report, float_outputs=True)
+            _refuse(contents)
+            if not contents.weightless:
+                return fix_batch(data) if job.dynamic_batch else data
+        raise ConversionError(
+            "the converter lost the weights, also with the graph frozen; save the model with model.export() or plain tf.Variables"
         )
-        data = _convert(tf, saved, job, report)
-        contents = read_contents(data)
-        if job.io != "float" and not DEVICE_CUSTOM_OPERATORS.isdisjoint(contents.operators):
-            # Calibration has only seen the stand-in of a fused operator: no range fits what the operator really gives.
-            data = _convert(tf, saved, job, report, float_outputs=True)
-        _refuse(contents)
-        if not contents.weightless:
-            return fix_batch(data) if job.dynamic_batch else data, freeze
-    raise ConversionError(
-        "the converter lost the weights, also with the graph frozen; save the model with model.export() or plain tf.Variables"
-    )
+
+    def float_file(self, job: Job, report: Report) -> bytes:
+        """Give the float file that layers are compared with: the calibrated one, whose names the int8 files share."""
+        for freeze in (False, True):
+            if self._signatures[0]["calibration"] is not None:
+                data = self._calibrate(job, freeze, report)
+            else:
+                data = self._run(self._new_converter(job, freeze, report))
+            if not read_contents(data).weightless:
+                return fix_batch(data) if job.dynamic_batch else data
+        raise ConversionError("the converter lost the weights")
+
+    def _convert(self, job: Job, freeze: bool, report: Report, *, float_outputs: bool = False) -> bytes:
+        tf = self._tf
+        if job.mode in ("int8", "selective"):
+            return self._quantize(job, self._calibrate(job, freeze, report), report, float_outputs=float_outputs)
+        converter = self._new_converter(job, freeze, report)
+        if job.mode == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if job.mode == "dynamic":
+            # Per-channel weights of dense layers need FULLY_CONNECTED version 12 (TFLite 2.17), which the only runtime of
+            # 32-bit ARM refuses: a dynamic variant shall load on every board.
+            converter._experimental_disable_per_channel_quantization_for_dense_layers = True
+        if job.mode == "int16x8":
+            ops = tf.lite.OpsSet
+            builtin = [ops.TFLITE_BUILTINS] if job.allow_float else []
+            converter.target_spec.supported_ops = [
+                ops.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
+                *builtin,
+            ]
+            converter._experimental_disable_per_channel_quantization_for_dense_layers = not job.per_channel_dense
+            converter.representative_dataset = lambda: self._samples(report)
+        return self._run(converter)
+
+    def _new_converter(self, job: Job, freeze: bool, report: Report) -> Any:
+        """Set up a converter of the traced graph; tracing is done once."""
+        key = (freeze, job.dynamic_batch)
+        if key not in self._traced:
+            report("trace", 0, 0)
+            target = self._work / f"traced-{int(freeze)}{int(job.dynamic_batch)}"
+            self._traced[key] = trace(
+                self._tf, self._loaded, self._signatures, target, freeze=freeze, dynamic_batch=job.dynamic_batch
+            )
+        report("convert", 0, 0)
+        converter = self._tf.lite.TFLiteConverter.from_saved_model(
+            self._traced[key], signature_keys=[entry["key"] for entry in self._signatures]
+        )
+        converter._experimental_default_to_single_batch_in_tensor_list_ops = job.single_batch
+        if job.mode != "none":
+            converter.optimizations = [self._tf.lite.Optimize.DEFAULT]
+        return converter
+
+    def _calibrate(self, job: Job, freeze: bool, report: Report) -> bytes:
+        """Give the float file with the ranges of all tensors in it."""
+        key = (freeze, job.dynamic_batch)
+        if key not in self._calibrated:
+            converter = self._new_converter(job, freeze, report)
+            converter.optimizations = [self._tf.lite.Optimize.DEFAULT]
+            converter.representative_dataset = lambda: self._samples(report)
+            converter.target_spec.supported_ops = [self._tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter._experimental_calibrate_only = True
+            self._calibrated[key] = self._run(converter)
+        return self._calibrated[key]
+
+    def _quantize(self, job: Job, calibrated: bytes, report: Report, *, float_outputs: bool) -> bytes:
+        from tensorflow.lite.python import convert
+
+        report("quantize", 0, 0)
+        io = self._tf.float32 if job.io == "float" else getattr(self._tf, job.io)
+        try:
+            data = convert.mlir_quantize(
+                calibrated,
+                input_data_type=io,
+                output_data_type=self._tf.float32 if float_outputs else io,
+                denylisted_nodes=list(job.keep_float) or None,
+                disable_per_channel_for_dense_layers=not job.per_channel_dense,
+            )
+            return bytes(convert.deduplicate_readonly_buffers(data))
+        except Exception as error:  # whatever the converter's C++ half raises
+            raise explain(error) from error
+
+    def _run(self, converter: Any) -> bytes:
+        try:
+            return bytes(converter.convert())
+        except Exception as error:  # ConverterError, and whatever its Python half raises
+            raise explain(error) from error
+
+    def _samples(self, report: Report) -> Iterator[Any]:
+        loaded = [(entry["key"], store.load(Path(entry["calibration"]))) for entry in self._signatures]
+        total = sum(store.runs(arrays) for _, arrays in loaded)
+        done = 0
+        for key, arrays in loaded:
+            for number in range(store.runs(arrays)):
+                sample = {name: np.array(array[number]) for name, array in arrays.items()}
+                yield sample if len(loaded) == 1 else (key, sample)
+                done += 1
+                report("calibrate", done, total)
+        report("quantize", 0, 0)
 
 
 def _refuse(contents: Contents) -> None:
@@ -64,46 +174,6 @@ def _refuse(contents: Contents) -> None:
         raise ConversionError(
             f"the file needs the custom operators {', '.join(contents.custom)}, which device runtimes do not have"
         )
-
-
-def _convert(tf: Any, saved: str, job: Job, report: Report, *, float_outputs: bool = False) -> bytes:
-    converter = tf.lite.TFLiteConverter.from_saved_model(
-        saved, signature_keys=[entry["key"] for entry in job.signatures]
-    )
-    converter._experimental_default_to_single_batch_in_tensor_list_ops = job.single_batch
-    if job.mode != "none":
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if job.mode == "float16":
-        converter.target_spec.supported_types = [tf.float16]
-    if job.mode == "dynamic":
-        # Per-channel weights of dense layers need FULLY_CONNECTED version 12 (TFLite 2.17), which the only runtime of
-        # 32-bit ARM refuses: a dynamic variant shall load on every board.
-        converter._experimental_disable_per_channel_quantization_for_dense_layers = True
-    if job.mode == "int8":
-        converter.representative_dataset = lambda: _samples(job.signatures, report)
-        builtin = [tf.lite.OpsSet.TFLITE_BUILTINS] if job.allow_float else []
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, *builtin]
-        if job.io != "float":
-            converter.inference_input_type = getattr(tf, job.io)
-            converter.inference_output_type = tf.float32 if float_outputs else getattr(tf, job.io)
-    report("convert", 0, 0)
-    try:
-        return bytes(converter.convert())
-    except Exception as error:  # ConverterError, and whatever its Python half raises
-        raise explain(error) from error
-
-
-def _samples(signatures: Sequence[Mapping[str, Any]], report: Report) -> Iterator[Any]:
-    loaded = [(entry["key"], store.load(Path(entry["calibration"]))) for entry in signatures]
-    total = sum(store.runs(arrays) for _, arrays in loaded)
-    done = 0
-    for key, arrays in loaded:
-        for number in range(store.runs(arrays)):
-            sample = {name: np.array(array[number]) for name, array in arrays.items()}
-            yield sample if len(loaded) == 1 else (key, sample)
-            done += 1
-            report("calibrate", done, total)
-    report("quantize", 0, 0)
 
 
 def explain(error: Exception) -> ConversionError:

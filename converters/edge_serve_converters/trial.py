@@ -1,4 +1,4 @@
-"""A variant on trial: it runs in the device runtime, in a child, and its outputs are compared with the SavedModel's."""
+"""A variant on trial: it runs in the device runtime, in a child, and its outputs are compared with the source model's."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve_converters import probes, quality, store
+from edge_serve_converters import gates, layers, probes, quality, store, task
 from edge_serve_converters.channel import Report
-from edge_serve_converters.child import Child, ChildCrashedError
+from edge_serve_converters.child import ChildCrashedError
 from edge_serve_converters.errors import ConversionError
 from edge_serve_converters.plan import SignaturePlan
-from edge_serve_converters.request import Request
+from edge_serve_converters.session import Session
 
-DEVICE = "edge_serve_converters.device"
 # Below these a variant is written, and a warning says what it may cost.
 POOR_COSINE = 0.95
 POOR_AGREEMENT = 0.95
 # Steps between the smallest and the largest value of an 8-bit tensor.
 _STEPS = 255
+# Layers are compared on a few runs: their errors differ little from run to run, and keeping all tensors costs memory.
+LAYER_RUNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Prepared:
     """How many of the measured runs go into the bundle."""
     classifier: str | None
     """The output that holds the scores of classes, if there is one."""
+    truth: bool = False
+    """Whether labels of the measured runs are there."""
 
     @property
     def measured(self) -> Path:
@@ -47,6 +50,10 @@ class Prepared:
     def probes(self) -> Path:
         """Give the folder of zeros and extremes."""
         return self.folder / "probes"
+
+    def labels(self) -> store.Array:
+        """Give the labels of the measured runs, [runs, batch] or [runs, batch, height, width]."""
+        return store.load(self.folder / "truth")["truth"]
 
     @property
     def golden_inputs(self) -> Path:
@@ -65,8 +72,10 @@ class Seen:
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    claimed: int
-    """Operators that XNNPACK took."""
+    claimed: dict[str, int]
+    """Operators that XNNPACK took, by name."""
+    latency_ms: dict[str, Any]
+    runtime: str
     folder: Path
 
     def values(self, role: str) -> store.Arrays:
@@ -74,75 +83,124 @@ class Seen:
         return store.load(self.folder / role)
 
 
-def run(request: Request, name: str, signature: Prepared, file: Path, report: Report, *, golden: bool) -> Seen:
-    """Run measured inputs and probes with XNNPACK, as devices do by default; golden ones with the built-in kernels too.
+def run_golden(
+    device: Session, name: str, signature: Prepared, file: Path, folder: Path, report: Report
+) -> store.Arrays:
+    """Give what a file answers on the golden inputs with XNNPACK; `folder` is new."""
+    device.call(
+        f"{name} in the device runtime",
+        "run",
+        report,
+        **_command(signature, file),
+        delegate="xnnpack",
+        data=[[str(signature.golden_inputs), str(folder)]],
+    )
+    return store.load(folder)
 
-    ConversionError if the runtime refuses the file, fails on it or dies of it.
-    """
-    folder = file.parent / "outputs" / signature.folder.name
-    command = {
-        "do": "run",
+
+def _command(signature: Prepared, file: Path) -> dict[str, Any]:
+    return {
         "model": str(file),
         "signature": signature.plan.key,
         "inputs": [tensor.name for tensor in signature.plan.inputs],
         "outputs": list(signature.plan.outputs),
     }
+
+
+def run(
+    device: Session, name: str, signature: Prepared, file: Path, folder: Path, report: Report, *, golden: bool
+) -> Seen:
+    """Run measured inputs and probes with XNNPACK, as devices do by default; golden ones with the built-in kernels too.
+
+    `folder` is new and gets the outputs. ConversionError if the runtime refuses the file, fails on it or dies of it.
+    """
+    command = _command(signature, file)
     what = f"{name} in the device runtime"
-    with start_child(request, DEVICE, file.parent) as child:
-        try:
-            pairs = [[str(signature.folder / role), str(folder / role)] for role in ("measured", "probes")]
-            answer = child.call(what, {**command, "delegate": "xnnpack", "data": pairs}, report)
-            if golden:
-                pairs = [[str(signature.golden_inputs), str(folder / "golden")]]
-                child.call(what, {**command, "delegate": "none", "data": pairs}, report)
-        except ChildCrashedError as error:
-            raise ConversionError(
-                f"{error}: the file takes the runtime down and must not be shipped", error.log
-            ) from error
-    return Seen(_specs(answer["inputs"]), _specs(answer["outputs"]), int(answer["claimed"]), folder)
-
-
-def start_child(request: Request, module: str, folder: Path) -> Child:
-    """Start a child with the limits of the request."""
-    return Child(
-        module, folder, timeout_s=request.timeout_s, memory_limit_mb=request.memory_limit_mb, verbose=request.verbose
+    try:
+        pairs = [[str(signature.folder / role), str(folder / role)] for role in ("measured", "probes")]
+        answer = device.call(what, "run", report, **command, delegate="xnnpack", data=pairs)
+        if golden:
+            pairs = [[str(signature.golden_inputs), str(folder / "golden")]]
+            device.call(what, "run", report, **command, delegate="none", data=pairs)
+    except ChildCrashedError as error:
+        raise ConversionError(f"{error}: the file takes the runtime down and must not be shipped", error.log) from error
+    return Seen(
+        _specs(answer["inputs"]),
+        _specs(answer["outputs"]),
+        dict(answer["claimed"]),
+        dict(answer["latency_ms"]),
+        str(answer["runtime"]),
+        folder,
     )
+
+
+def compare_layers(
+    device: Session, name: str, signature: Prepared, float_file: Path, file: Path, report: Report, inputs: Path
+) -> list[layers.Layer]:
+    """Compare the layers of a file with those of the float file, on some runs of a folder of inputs."""
+    answer = device.call(
+        f"{name}, layer by layer",
+        "layers",
+        report,
+        reference=str(float_file),
+        model=str(file),
+        signature=signature.plan.key,
+        inputs=str(inputs),
+        runs=LAYER_RUNS,
+    )
+    return [layers.Layer.from_json(layer) for layer in answer["layers"]]
 
 
 def _specs(tensors: list[dict[str, Any]]) -> dict[str, TensorSpec]:
     return {tensor["name"]: TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in tensors}
 
 
-def check_values(name: str, signature: Prepared, seen: Seen) -> None:
-    """Raise ConversionError if shapes differ, or values are no numbers where the SavedModel gives some."""
-    broken = []
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Values that are no numbers where the source model gives some: what a person is told, and the inputs that show it."""
+
+    text: str
+    inputs: Path
+
+
+def broken_values(name: str, signature: Prepared, seen: Seen) -> Broken | None:
+    """Look for values that are no numbers where the source model gives some; ConversionError if shapes differ."""
+    texts, inputs = [], None
     for role, runs in (("probes", probes.PROBE_NAMES), ("measured", None)):
         expected, actual = store.load(signature.expected[role]), seen.values(role)
         for output, array in expected.items():
             if actual[output].shape != array.shape:
-                shapes = f"{list(actual[output].shape[1:])}, the SavedModel gives {list(array.shape[1:])}"
+                shapes = f"{list(actual[output].shape[1:])}, the source model gives {list(array.shape[1:])}"
                 raise ConversionError(f"{name}: output {output!r} has the shape {shapes}")
-        broken += quality.broken_values(expected, actual, runs)
-    if broken:
-        raise ConversionError(f"{name}: {'; '.join(broken)}. This variant must not be shipped; convert to another mode")
+        found = quality.broken_values(expected, actual, runs)
+        texts += found
+        if found and inputs is None:
+            inputs = signature.folder / role
+    return Broken("; ".join(texts), inputs) if inputs is not None else None
 
 
-def measure(signatures: Sequence[Prepared], seen: Sequence[Seen]) -> dict[str, Any]:
-    """Compare all outputs with the SavedModel's; gives the manifest's `quality`."""
+def measure(signatures: Sequence[Prepared], seen: Sequence[Seen], metric: task.Metric | None) -> dict[str, Any]:
+    """Compare all outputs with the source model's, and with the truth where it is known; gives the manifest's `quality`."""
     outputs: dict[str, dict[str, Any]] = {}
     for signature, one in zip(signatures, seen, strict=True):
         prefix = "" if len(signatures) == 1 else f"{signature.plan.key}/"
-        compared = quality.compare(store.load(signature.expected["measured"]), one.values("measured"))
+        scores = () if signature.classifier is None else (signature.classifier,)
+        compared = quality.compare(store.load(signature.expected["measured"]), one.values("measured"), scores)
         outputs.update({f"{prefix}{output}": figures for output, figures in compared.items()})
-    figures: dict[str, Any] = {
-        "max_error": max(entry["max_error"] for entry in outputs.values()),
-        "mean_error": max(entry["mean_error"] for entry in outputs.values()),
-        "cosine": min(entry["cosine"] for entry in outputs.values()),
-    }
-    scores = signatures[0].classifier
-    if scores is not None:
-        expected = store.load(signatures[0].expected["measured"])
-        figures["top1_agreement"] = quality.agreement(expected[scores], seen[0].values("measured")[scores])
+    figures = quality.overall(outputs)
+    first = signatures[0]
+    if first.classifier is not None:
+        prefix = "" if len(signatures) == 1 else f"{first.plan.key}/"
+        figures["top1_agreement"] = outputs[f"{prefix}{first.classifier}"]["agreement"]
+    if first.truth:
+        figures["task"] = task.task_figures(
+            first.labels(),
+            store.load(first.measured),
+            store.load(first.expected["measured"]),
+            seen[0].values("measured"),
+            first.classifier,
+            metric,
+        )
     return {**figures, "outputs": outputs}
 
 
@@ -164,12 +222,13 @@ def tolerance(signature: Prepared, seen: Seen, *, quantized: bool) -> dict[str, 
 def warnings(name: str, figures: dict[str, Any]) -> list[str]:
     """Give the sentences that a person should read before shipping the variant."""
     found = []
-    if figures.get("cosine", 1.0) < POOR_COSINE:
+    wide = [one["cosine"] for one in figures["outputs"].values() if one["values"] >= gates.MIN_COSINE_VALUES]
+    if min(wide, default=1.0) < POOR_COSINE:
         found.append(
-            f"{name}: outputs point away from the SavedModel's (lowest cosine {figures['cosine']:.3f}); check its accuracy"
+            f"{name}: outputs point away from the source model's (lowest cosine {min(wide):.3f}); check its accuracy"
         )
     if figures.get("top1_agreement", 1.0) < POOR_AGREEMENT:
         found.append(
-            f"{name}: chooses another class than the SavedModel on {1 - figures['top1_agreement']:.1%} of the samples"
+            f"{name}: chooses another class than the source model on {1 - figures['top1_agreement']:.1%} of the samples"
         )
     return found

@@ -1,13 +1,14 @@
 """The bundle as it comes to lie on disk: manifest, model files, labels, golden samples; beside first, then renamed.
 
 Layout and fields: README, Bundles. Golden samples (samples.npz) hold, for runs of the default signature,
-`input/NAME` (real values as clients send them, [runs, *shape]), `output/NAME` (what the SavedModel gives) and
+`input/NAME` (real values as clients send them, [runs, *shape]), `output/NAME` (what the source model gives) and
 `variant/VARIANT/NAME` (what that variant gave in the device runtime, dequantized). A device's result is right if it is
 within `quality.tolerance[NAME]` of the last.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -34,6 +35,8 @@ from edge_serve.bundle import (
 )
 from edge_serve.errors import UsageError
 from edge_serve.spec import InputSpec, OutputSpec
+from edge_serve_converters.flatbuffer import read_contents
+from edge_serve_converters.report_html import render
 from edge_serve_converters.store import Arrays
 from edge_serve_converters.variants import Made
 
@@ -41,6 +44,9 @@ DEFAULT_FILE = "model.tflite"
 LABELS = "labels.txt"
 SAMPLES = "samples.npz"
 REPORT = "report.json"
+PAGE = "report.html"
+# Where TensorFlow Serving looks for requests to warm a model up with.
+WARM_UP = "assets.extra/tf_serving_warmup_requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class Content:
     output: OutputSpec
     labels: tuple[str, ...] | None
     samples: Arrays
+    warm_up: bytes | None
     recipe: Mapping[str, Any]
     report: Mapping[str, Any]
 
@@ -149,6 +156,11 @@ def _fill(folder: Path, version: int, content: Content) -> None:
         shutil.copyfile(made.file, folder / file)
         files.append(file)
         variants.append(_variant(made, folder / file))
+        if made.compiled is not None:
+            file = f"model.{made.name}-compiled.tflite"
+            shutil.copyfile(made.compiled, folder / file)
+            files.append(file)
+            variants.append(_compiled(variants[-1], folder / file))
     output = content.output
     if content.labels is not None:
         (folder / LABELS).write_text("".join(f"{label}\n" for label in content.labels), encoding="utf-8")
@@ -158,6 +170,10 @@ def _fill(folder: Path, version: int, content: Content) -> None:
         arrays.update({f"variant/{made.name}/{name}": array for name, array in made.golden.items()})
     np.savez_compressed(folder / SAMPLES, **arrays)  # type: ignore[arg-type]  # keyword names are the archive's keys
     files.append(SAMPLES)
+    if content.warm_up is not None:
+        (folder / WARM_UP).parent.mkdir()
+        (folder / WARM_UP).write_bytes(content.warm_up)
+        files.append(WARM_UP)
     manifest = Manifest(
         format=FORMAT,
         name=content.name,
@@ -173,6 +189,7 @@ def _fill(folder: Path, version: int, content: Content) -> None:
         files={file: sha256_of(folder / file) for file in files},
     )
     (folder / REPORT).write_text(json.dumps(content.report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(render(content.report), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
@@ -182,15 +199,29 @@ def _variant(made: Made, file: Path) -> Variant:
         file=file.name,
         sha256=sha256_of(file),
         bytes=file.stat().st_size,
-        quantization=made.mode,
+        quantization=made.quantization,
         io=made.io,
-        delegates=("xnnpack", "none") if made.default.claimed else ("none",),
+        delegates=made.delegates,
         operators=made.contents.operators,
-        min_runtime=made.contents.min_runtime,
+        min_runtime=made.min_runtime,
         inputs=tuple(made.default.inputs.values()),
         outputs=tuple(made.default.outputs.values()),
+        kept_float=made.kept_float,
         samples=SAMPLES,
         quality=made.quality,
+    )
+
+
+def _compiled(source: Variant, file: Path) -> Variant:
+    """Describe what the Edge TPU's compiler made of a variant; only an Edge TPU runs it, so nothing more was measured."""
+    return dataclasses.replace(
+        source,
+        name=f"{source.name}-compiled",
+        file=file.name,
+        sha256=sha256_of(file),
+        bytes=file.stat().st_size,
+        delegates=("edgetpu",),
+        operators=read_contents(file.read_bytes()).operators,
     )
 
 

@@ -37,9 +37,13 @@ def convert(
     quantize: Callable[[], Iterator[list[Any]]] | None = None,
     io: Any = tf.float32,
     foreign: str = "",
+    half: bool = False,
     **signatures: Callable[..., Any],
 ) -> bytes:
-    """Give the .tflite bytes of functions of these inputs; `foreign` = "custom" or "flex" lets such operators in."""
+    """Give the .tflite bytes of functions of these inputs; `foreign` = "custom" or "flex" lets such operators in.
+
+    `half`: weights in float16.
+    """
     traced = {
         key: tf.function(body, autograph=False).get_concrete_function(*inputs) for key, body in signatures.items()
     }
@@ -51,6 +55,9 @@ def convert(
             converter.representative_dataset = quantize
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter.inference_input_type = converter.inference_output_type = io
+        if half:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16]
         if foreign == "flex":
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS]
         converter.allow_custom_ops = foreign == "custom"
@@ -235,6 +242,52 @@ def packed(model: Any) -> bytes:
     return bytes(builder.Output())
 
 
+def ruined(quantize: Callable[[], Iterator[list[Any]]] | None = None) -> bytes:
+    """x [1, 8, 8, 2] in 0..1 → y [1, 4]: before, ruined, after (convolutions), mean. One channel of ruined is 5000 times the others.
+
+    The layer after it reads that channel with weights that make it as small as the others, so that all four count.
+    """
+    rng = np.random.default_rng(5)
+    kernels = [
+        np.abs(rng.normal(0, 0.3, shape)).astype(np.float32) for shape in ((3, 3, 2, 4), (3, 3, 4, 4), (1, 1, 4, 4))
+    ]
+    kernels[1][..., 0] *= 5000
+    kernels[2][:, :, 0] /= 1e8
+
+    def layers(x: Any) -> dict[str, Any]:
+        for name, kernel in zip(("before", "ruined", "after"), kernels, strict=True):
+            x = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME", name=f"{name}/convolution"), name=f"{name}/relu")
+        return {"y": tf.reduce_mean(x, axis=[1, 2], name="mean")}
+
+    return convert(tensor([1, 8, 8, 2], "x"), quantize=quantize, serving_default=layers)
+
+
+def ruined_int8() -> bytes:
+    """The ruined model in int8 (float inside and out): three channels of four are lost in its second layer."""
+
+    def samples() -> Iterator[list[Any]]:
+        rng = np.random.default_rng(6)
+        for _ in range(20):
+            yield [rng.uniform(0, 1, (1, 8, 8, 2)).astype(np.float32)]
+
+    return ruined(samples)
+
+
+def energy(*, half: bool = False) -> bytes:
+    """x [1, 16] float → y [1, 3] = log(x² + 1e-10) @ w."""
+    w = np.random.default_rng(7).normal(0, 1, (16, 3)).astype(np.float32)
+    return convert(
+        tensor([1, 16], "x"),
+        half=half,
+        serving_default=lambda x: {"y": tf.linalg.matmul(tf.math.log(tf.square(x) + 1e-10), w)},
+    )
+
+
+def energy_float16() -> bytes:
+    """The energy model with weights in float16, where 1e-10 is 0: the logarithm of silence is minus infinity."""
+    return energy(half=True)
+
+
 def detector(*, regular: bool = True) -> bytes:
     """image [1, 16, 24, 3] in 0..1 → the box around all red pixels (class 0) and around all blue ones (class 1).
 
@@ -316,6 +369,10 @@ MODELS: dict[str, Callable[[], bytes]] = {
     "custom": custom,
     "edgetpu": edgetpu,
     "detector": detector,
+    "ruined": ruined,
+    "ruined_int8": ruined_int8,
+    "energy": energy,
+    "energy_float16": energy_float16,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,50 +13,10 @@ from PIL import Image
 
 from edge_serve.errors import UsageError
 from edge_serve.spec import InputSpec
-from edge_serve_converters.calibration import Drawn, Warnings, draw, open_source
+from edge_serve_converters.calibration import Warnings, open_source
+from edge_serve_converters.distribution import statistics
 from edge_serve_converters.plan import InputPlan, SignaturePlan
-
-VECTOR = SignaturePlan("serving_default", (InputPlan("x", "float32", (1, 4), True),), {"y": "float32"})
-WINDOW = SignaturePlan("serving_default", (InputPlan("w", "float32", (1, 5, 2), True),), {"y": "float32"})
-PHOTO = SignaturePlan("serving_default", (InputPlan("photo", "float32", (1, 6, 8, 3), True),), {"y": "float32"})
-PAIR = SignaturePlan(
-    "serving_default",
-    (InputPlan("index", "int32", (1,), True), InputPlan("x", "float32", (1, 4), True)),
-    {"y": "float32"},
-)
-
-
-def numbered(count: int, *shape: int) -> Any:
-    """Samples of which each is recognized by its first value, its number."""
-    array = np.random.default_rng(0).random((count, *shape), np.float32)
-    array.reshape(count, -1)[:, 0] = np.arange(count)
-    return array
-
-
-def drawn(path: Path, signature: SignaturePlan, spec: InputSpec | None = None, **options: Any) -> Drawn:
-    """Draw from a file with the defaults of the command line."""
-    settings = {"samples": 200, "seed": 0, "warnings": Warnings(), **options}
-    return draw(open_source(path, spec or InputSpec()), signature, **settings)
-
-
-def refused(path: Path, signature: SignaturePlan, spec: InputSpec | None = None) -> str:
-    """Draw and give the words of the refusal."""
-    with pytest.raises(UsageError) as caught:
-        drawn(path, signature, spec)
-    return str(caught.value)
-
-
-def npz(folder: Path, **arrays: Any) -> Path:
-    """Write arrays to a file."""
-    np.savez(folder / "data.npz", **arrays)
-    return folder / "data.npz"
-
-
-def csv(folder: Path, text: str) -> Path:
-    """Write a table to a file."""
-    path = folder / "data.csv"
-    path.write_text(text, encoding="utf-8")
-    return path
+from tests.unit.calibration_files import PAIR, PHOTO, VECTOR, WINDOW, csv, drawn, npz, numbered, refused, warned
 
 
 def test_a_fifth_is_held_back_and_calibrates_nothing(tmp_path: Path) -> None:
@@ -145,6 +107,21 @@ def test_half_an_archive_is_refused(tmp_path: Path) -> None:
     path = npz(tmp_path, x=numbered(10, 4))
     path.write_bytes(path.read_bytes()[:100])
     assert "no readable .npz file" in refused(path, VECTOR)
+
+
+def test_damaged_archives_end_in_a_refusal_or_in_numbers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "data.npz", x=numbered(20, 4), label=np.arange(20))
+    whole = (tmp_path / "data.npz").read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 3):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "data.npz").write_bytes(damaged)
+        try:
+            drawn(tmp_path / "data.npz", VECTOR, labels_for="data")
+        except UsageError:
+            continue
 
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
@@ -243,3 +220,130 @@ def test_equal_data_has_an_equal_fingerprint(tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[1]
     np.savez(tmp_path / "data.npz", x=array + 1)
     assert open_source(tmp_path / "data.npz", InputSpec()).fingerprint() != fingerprints[0]
+
+
+def normal(count: int, *shape: int) -> Any:
+    """Samples that nothing is wrong with."""
+    return np.random.default_rng(1).standard_normal((count, *shape), np.float32)
+
+
+def test_good_data_is_not_warned_of(tmp_path: Path) -> None:
+    assert warned(npz(tmp_path, x=normal(100, 4)), VECTOR) == ""
+    assert warned(npz(tmp_path, w=normal(100, 5, 2)), WINDOW, InputSpec(kind="window", mean=(3.0,), std=(2.0,))) == ""
+    photos = np.random.default_rng(1).random((100, 6, 8, 3), np.float32)
+    assert warned(npz(tmp_path, photo=photos), PHOTO, InputSpec(kind="image")) == ""
+
+
+def test_a_channel_that_never_changes_is_warned_of_by_name(tmp_path: Path) -> None:
+    windows = normal(50, 5, 2)
+    windows[..., 1] = 9.81
+    spec = InputSpec(kind="window", channels=("ax", "az"))
+    assert "input 'w' are constant in channel 'az' (9.81)" in warned(npz(tmp_path, w=windows), WINDOW, spec)
+    rows = normal(50, 4)
+    rows[:, 2] = 0
+    assert "constant in channel 2 of 4 (0)" in warned(npz(tmp_path, x=rows), VECTOR)
+
+
+def test_one_wild_value_that_would_ruin_int8_is_warned_of(tmp_path: Path) -> None:
+    rows = normal(500, 4)
+    rows[:, 1] *= np.where(np.arange(500) % 2, 1, 1000).astype(np.float32)
+    assert "almost no steps" not in warned(npz(tmp_path, x=rows), VECTOR), "half of the samples are no outliers"
+    rows = normal(500, 4)
+    rows[123, 3] = -1e6
+    for seed in range(8):  # it calibrates, is held back or is not drawn
+        text = warned(npz(tmp_path, x=rows), VECTOR, seed=seed)
+        if "almost no steps" in text:
+            assert "input 'x' hold -1e+06 (at [3] of a sample)" in text
+            break
+    else:
+        pytest.fail("no seed drew the outlier")
+    held = [warned(npz(tmp_path, x=rows), VECTOR, seed=seed, samples=400) for seed in range(20)]
+    assert any("held-back data for input 'x' go from -1e+06" in text for text in held)
+
+
+def test_values_that_are_mostly_zero_have_no_outliers_for_that(tmp_path: Path) -> None:
+    rows = np.zeros((2000, 40), np.float32)
+    rows[::50, 7] = np.arange(40) % 7 + 1
+    signature = SignaturePlan("s", (InputPlan("x", "float32", (1, 40), True),), {})
+    assert "almost no steps" not in warned(npz(tmp_path, x=rows), signature, samples=1600)
+
+
+def test_samples_that_are_in_both_parts_are_counted(tmp_path: Path) -> None:
+    text = warned(npz(tmp_path, x=np.tile(normal(50, 4), (2, 1))), VECTOR, samples=80)
+    assert "held-back samples are equal to samples that calibrate" in text
+    assert int(text.split(" of 20 held-back")[0].split()[-1]) > 10
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "spec", "words"),
+    [
+        (0, 255, InputSpec(), "pixels become 0 to 1 on the device: they are scaled otherwise"),
+        (0, 255, InputSpec(mean=(0.5,), std=(0.5,)), "pixels become -1 to 1 on the device"),
+        (0, 1, InputSpec(scale=1.0), "fill next to nothing of it"),
+        (-1, 1, InputSpec(scale=1.0), "(for -1..1: --mean 0.5 --std 0.5)"),
+        (0, 255, InputSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), "pixels become -2.118 to 2.64"),
+    ],
+)
+def test_pictures_as_numbers_in_another_scale_are_refused(
+    tmp_path: Path, low: float, high: float, spec: InputSpec, words: str
+) -> None:
+    photos = np.random.default_rng(0).uniform(low, high, (40, 6, 8, 3)).astype(np.float32)
+    text = refused(npz(tmp_path, photo=photos), PHOTO, dataclasses.replace(spec, kind="image"))
+    assert "input 'photo'" in text
+    assert words in text
+
+
+def test_pictures_that_may_be_scaled_otherwise_are_warned_of(tmp_path: Path) -> None:
+    photos = np.random.default_rng(0).random((40, 6, 8, 3), np.float32)
+    spec = InputSpec(kind="image", mean=(0.5,), std=(0.5,))
+    assert "none is below 0: are they 0..1?" in warned(npz(tmp_path, photo=photos), PHOTO, spec)
+    assert "are they scaled otherwise?" in warned(npz(tmp_path, photo=photos * 1.5), PHOTO, InputSpec(kind="image"))
+
+
+def test_windows_that_are_not_normalized_are_warned_of(tmp_path: Path) -> None:
+    spec = InputSpec(kind="window", mean=(0.0, 1000.0), std=(1.0, 50.0))
+    raw = normal(50, 5, 2) * np.array([1, 50], np.float32) + np.array([0, 1000], np.float32)
+    text = warned(npz(tmp_path, w=raw), WINDOW, spec)
+    assert "channel 1 of 2 mean" in text
+    assert "channel 0" not in text
+    assert "normalized already" in text
+    table = csv(tmp_path, "\n".join(f"{a},{b}" for a, b in raw.reshape(-1, 2)))
+    assert warned(table, WINDOW, spec) == ""
+    wrong = InputSpec(kind="window", mean=(0.0, 0.0), std=(1.0, 1.0))
+    assert "do --mean and --std belong to these data?" in warned(table, WINDOW, wrong)
+
+
+def test_a_std_of_zero_is_refused(tmp_path: Path) -> None:
+    table = csv(tmp_path, "1,2\n" * 50)
+    assert "--std holds a zero" in refused(table, WINDOW, InputSpec(kind="window", std=(1.0, 0.0)))
+
+
+def test_a_folder_of_two_kinds_of_data_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.wav").write_bytes(b"RIFF")
+    assert "holds 1 pictures and 1 WAV files; calibration data are of one kind" in refused(tmp_path, PHOTO)
+
+
+def test_hidden_files_are_no_data(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"resource fork")
+    assert open_source(tmp_path, InputSpec()).units == 1
+
+
+def test_statistics_describe_what_calibrates(tmp_path: Path) -> None:
+    rows = np.arange(4000, dtype=np.float32).reshape(1000, 4)
+    figures = statistics(drawn(npz(tmp_path, x=rows), VECTOR, samples=800))["x"]
+    assert (len(figures["histogram"]["edges"]), sum(figures["histogram"]["counts"])) == (33, 3200)
+    assert figures["min"] < 50
+    assert figures["max"] > 3950
+    assert figures["mean"] == pytest.approx(2000, rel=0.05)
+    assert figures["std"] == pytest.approx(4000 / 12**0.5, rel=0.05)
+    assert (figures["p01"], figures["p99"]) == (pytest.approx(40, abs=20), pytest.approx(3960, abs=20))
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, -1e30, 3e38])
+def test_statistics_of_constant_data_are_finite(tmp_path: Path, value: float) -> None:
+    figures = statistics(drawn(npz(tmp_path, x=np.full((30, 4), value, np.float32)), VECTOR))["x"]
+    assert sum(figures["histogram"]["counts"]) == 96
+    assert figures["std"] == pytest.approx(0, abs=abs(value) * 1e-6)
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures

@@ -15,6 +15,7 @@ from edge_serve.errors import UsageError
 from edge_serve.spec import InputSpec, OutputSpec
 from edge_serve_converters import writer
 from edge_serve_converters.flatbuffer import read_contents
+from edge_serve_converters.request import Wanted
 from edge_serve_converters.trial import Seen
 from edge_serve_converters.variants import Made
 
@@ -26,15 +27,17 @@ def made(name: str) -> Made:
     spec = {"x": TensorSpec("x", "int8", (1, 4), 0.5, -3)}
     return Made(
         name=name,
-        mode="int8",
+        wanted=Wanted(name, "int8", io="int8"),
+        quantization="int8",
         io="int8",
         file=LINEAR,
         bytes=LINEAR.stat().st_size,
         contents=read_contents(LINEAR.read_bytes()),
-        seen={"serving_default": Seen(spec, {"y": TensorSpec("y", "float32", (1, 3))}, 1, Path())},
+        seen={"serving_default": Seen(spec, {"y": TensorSpec("y", "float32", (1, 3))}, {"ADD": 1}, {}, "", Path())},
         quality={"max_error": 0.5},
         golden={"y": np.ones((2, 1, 3), np.float32)},
         warnings=(),
+        compatibility={"min_runtime": "2.4.0"},
     )
 
 
@@ -47,6 +50,7 @@ def content(**changes: Any) -> writer.Content:
         "output": OutputSpec(type="classification", labels_file="labels.txt"),
         "labels": ("naïve", "two", "three"),
         "samples": {"input/x": np.zeros((2, 1, 4), np.float32)},
+        "warm_up": b"requests",
         "recipe": {"seed": 0},
         "report": {"seconds": {"int8": 1.5}},
     }
@@ -57,7 +61,13 @@ def test_what_was_written_opens_and_verifies(tmp_path: Path) -> None:
     folder = writer.write(tmp_path, 3, False, content())
     bundle = Bundle.open(folder)
     assert folder == tmp_path / "3"
-    assert sorted(bundle.manifest.files) == ["labels.txt", "model.float16.tflite", "model.tflite", "samples.npz"]
+    assert sorted(bundle.manifest.files) == [
+        "assets.extra/tf_serving_warmup_requests",
+        "labels.txt",
+        "model.float16.tflite",
+        "model.tflite",
+        "samples.npz",
+    ]
     for name in bundle.manifest.files:
         bundle.verify(name)
     assert bundle.labels() == ("naïve", "two", "three")

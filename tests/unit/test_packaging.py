@@ -305,4 +305,4 @@ def test_the_convert_extra_takes_the_lightest_tensorflow_that_has_wheels(
         if each.marker and "convert" in str(each.marker) and each.marker.evaluate(asked)
     ]
 
-    assert taken == ([distribution] if distribution else [])
+    assert taken == ([distribution, "litert-quantizer"] if distribution else [])
