@@ -70,6 +70,33 @@ print("ready", file=sys.stderr, flush=True)
 threading.Event().wait()
 """
 
+# The same variant by hand: load, run the float model, convert, run the file on the same samples.
+BARE_CONVERT = """\
+import sys
+import numpy as np, tensorflow as tf
+folder, data, mode, held = sys.argv[1], np.load(sys.argv[2])["arr_0"], sys.argv[3], int(sys.argv[4])
+function = tf.saved_model.load(folder).signatures["serving_default"]
+name = next(iter(function.structured_input_signature[1]))
+for sample in data[:held]:
+    function(**{name: tf.constant(sample[None])})
+converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+converter.optimizations = [tf.lite.Optimize.DEFAULT]
+if mode == "int8":
+    converter.representative_dataset = lambda: ({name: sample[None]} for sample in data[held:])
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+else:
+    converter.target_spec.supported_types = [tf.float16]
+from ai_edge_litert.interpreter import Interpreter
+interpreter = Interpreter(model_content=converter.convert())
+interpreter.allocate_tensors()
+for sample in data[:held]:
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], sample[None])
+    interpreter.invoke()
+    interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+"""
+CONVERT_ROUNDS = 3
+POLL_S = 0.05
+
 
 @dataclass
 class Bar:
@@ -180,6 +207,70 @@ def measure_start(folder: Path, rounds: int, binaries: Path) -> list[Bar]:
     ]
 
 
+def measure_convert(folder: Path) -> list[Bar]:
+    """Measure time and peak memory (all processes together) of a conversion, in turn with the bare script."""
+    bars = []
+    with tempfile.TemporaryDirectory() as name:
+        script = Path(name, "bare.py")
+        script.write_text(BARE_CONVERT, encoding="utf-8")
+        for mode in ("int8", "float16"):
+            seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+            peaks: dict[str, list[float]] = {"ours": [], "bare": []}
+            for number in range(CONVERT_ROUNDS):
+                made = Path(name, f"{mode}-{number}")
+                program = str(Path(sys.executable).with_name("edge-serve"))
+                ours = [program, "convert", str(folder / "saved_model"), "-o", str(made), "--quantize", mode, "--json"]
+                data = str(folder / "calibration.npz")
+                for who, command in {
+                    "ours": [*ours, "--calibration", data],
+                    "bare": [sys.executable, str(script), str(folder / "saved_model"), data, mode, "6"],
+                }.items():
+                    elapsed, peak = watch(command)
+                    seconds[who].append(elapsed)
+                    peaks[who].append(peak)
+                shutil.rmtree(made)
+            for what, figures, unit in (("time", seconds, "s"), ("peak memory", peaks, "MiB")):
+                ours_figure, bare_figure = (statistics.median(figures[who]) for who in ("ours", "bare"))
+                note = f"{ours_figure:.1f} {unit} and {bare_figure:.1f} {unit}"
+                label = f"convert: {what}, MobileNetV2 to {mode}, against a bare script"
+                bars.append(Bar(label, ours_figure / bare_figure, 1.3, "×", note))
+    return bars
+
+
+def watch(command: list[str]) -> tuple[float, float]:
+    """Run a program; gives its seconds and the largest sum of its and its children's memory (Pss) in MiB."""
+    begun = time.perf_counter()
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, sum(proportional(pid) for pid in family(process.pid)))
+        time.sleep(POLL_S)
+    if process.returncode:
+        raise SystemExit(f"{command} ended with {process.returncode}")
+    return time.perf_counter() - begun, peak
+
+
+def family(pid: int) -> list[int]:
+    """Give a process and all below it."""
+    found = [pid]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [member for child in children.read_text(encoding="ascii").split() for member in family(int(child))]
+        except OSError:
+            pass  # ended in between
+    return found
+
+
+def proportional(pid: int) -> float:
+    """Give a process's share of memory in MiB: its own pages, and its part of those it shares."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
 def install(folder: Path) -> tuple[Path, float, bool]:
     """Install this machine's wheel without extras; gives its commands' folder, its size in MB, and whether TensorFlow came along."""
     machine = {"aarch64": "aarch64", "x86_64": "x86_64"}.get(platform.machine(), "armv7l")
@@ -242,6 +333,7 @@ def main() -> int:
         bars = [
             *measure_start(arguments.folder, arguments.rounds, binaries),
             *measure_wheel(binaries, size, has_tensorflow),
+            *measure_convert(arguments.folder),
         ]
     document = {
         "v": 1,

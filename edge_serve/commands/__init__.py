@@ -4,7 +4,7 @@
 COMMANDS = {
     "convert": (
         "edge_serve_converters.cli:convert",
-        "Turn a TensorFlow SavedModel into a bundle of checked TFLite files.",
+        "Turn a SavedModel, Keras or float .tflite model into a bundle of checked files.",
     ),
     "compare": ("edge_serve_converters.compare_cli:compare", "Compare two bundles on the same data."),
     "run": ("edge_serve.commands.run:run", "Serve the pipelines of a configuration until a signal."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -19,7 +20,13 @@ BEGIN, END = "<!-- begin: {} (made from the code) -->", "<!-- end: {} -->"
 
 def sections() -> dict[str, str]:
     """Give the generated sections by name."""
-    return {"configuration": _configuration(), "commands": _commands(), "manifest": _manifest()}
+    return {
+        "configuration": _configuration(),
+        "commands": _commands(),
+        "convert": _options("edge_serve_converters.cli", "convert"),
+        "recipe": _recipe(),
+        "manifest": _manifest(),
+    }
 
 
 def _configuration() -> str:
@@ -65,6 +72,26 @@ def _commands() -> str:
     rows = ["| command | |", "|---|---|"]
     rows += [f"| `edge-serve {name}` | {text} |" for name, (_, text) in COMMANDS.items()]
     return "\n".join(rows)
+
+
+def _options(module: str, name: str) -> str:
+    """List a command's options as its --help says them."""
+    command: click.Command = getattr(importlib.import_module(module), name)
+    context = click.Context(command)
+    rows = ["| option | |", "|---|---|"]
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None:
+            option, text = (part.replace("|", "\\|").replace("<", "&lt;") for part in record)
+            rows.append(f"| `{option}` | {text} |")
+    return "\n".join(rows)
+
+
+def _recipe() -> str:
+    from edge_serve_converters.recipe import Recipe
+
+    rows = _rows(Recipe)
+    return "\n".join(["| key | takes | default | |", "|---|---|---|---|", *rows])
 
 
 def _manifest() -> str:

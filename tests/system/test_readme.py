@@ -47,7 +47,7 @@ def run(clone: Path, name: str) -> str:
 @pytest.mark.convert
 @pytest.mark.slow
 def test_the_examples_of_the_readme_run_one_after_the_other(clone: Path) -> None:
-    assert list(BLOCKS) == ["convert", "inspect", "folder", "socket", "config"]
+    assert list(BLOCKS) == ["convert", "recipe", "compare", "inspect", "folder", "socket", "config"]
 
     assert "int8" in run(clone, "convert")
     assert {path.name for path in (clone / "models/digits/1").iterdir()} >= {
@@ -55,6 +55,13 @@ def test_the_examples_of_the_readme_run_one_after_the_other(clone: Path) -> None
         "model.tflite",
         "model.float16.tflite",
     }
+
+    assert "int8" in run(clone, "recipe")
+    manifest = json.loads((clone / "models/digits-small/1/manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["output"]["top_k"], manifest["input"]["kind"]) == (3, "image")
+
+    assert "float16" in run(clone, "compare")
+    assert (clone / "compared.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
     inspected = run(clone, "inspect")
     assert "signature serving_default" in inspected
