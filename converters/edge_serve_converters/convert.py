@@ -14,10 +14,13 @@ import numpy as np
 from edge_serve.bundle import read_labels
 from edge_serve.errors import BundleError, UsageError
 from edge_serve.model.interpreter import load_runtime
+from edge_serve.model.metadata import read_metadata
+from edge_serve.schema import merge
 from edge_serve.spec import OutputSpec
 from edge_serve_converters import meaning, model_file, store, wanted, warmup, writer
 from edge_serve_converters.calibration import Source, Warnings, fingerprint, open_source
 from edge_serve_converters.errors import ConversionError, RefusedError
+from edge_serve_converters.model_file import Format
 from edge_serve_converters.outcome import Failure, Outcome, recipe, report
 from edge_serve_converters.prepare import GOLDEN_BYTES, prepare
 from edge_serve_converters.request import Request, Wanted
@@ -42,11 +45,12 @@ def convert(request: Request, listener: Listener) -> Outcome:
     asked = wanted.settle(request)
     model_file.check_packages(form)
     load_runtime()
+    warnings = Warnings()
+    request, own_labels = _with_metadata(request, form, warnings)
     request = dataclasses.replace(request, input=meaning.settle_input(request.input, request.calibration))
     source = open_source(request.calibration, request.input) if request.calibration is not None else None
-    labels = _labels(request)
+    labels = _labels(request) or own_labels
     truth = _truth(request, source, labels)
-    warnings = Warnings()
     outcome = Outcome(measured_on="random inputs" if source is None else "held-back samples", format=form)
     with (
         writer.reserved(request.output),
@@ -92,6 +96,20 @@ def convert(request: Request, listener: Listener) -> Outcome:
     return outcome
 
 
+def _with_metadata(request: Request, form: Format, warnings: Warnings) -> tuple[Request, tuple[str, ...] | None]:
+    """Lay the options over what a .tflite file says of itself; gives the request and the file's labels."""
+    found = read_metadata(request.model) if form == "TFLite" else None
+    if found is None:
+        return request, None
+    for note in found.notes:
+        warnings.add(f"{request.model}: {note}")
+    given = request.input
+    # Options of another kind of input say that the file is wrong about it.
+    inputs = merge(found.input, given) if given.kind in (None, found.input.kind) else given
+    output = merge(found.output, request.output_spec)
+    return dataclasses.replace(request, input=inputs, output_spec=output), found.labels
+
+
 def _warm_up(name: str, entry: Prepared) -> bytes | None:
     """Give requests for TensorFlow Serving to warm the model up with; None where the inputs are too large for any."""
     return warmup.encode(name, entry.plan.key, store.load(entry.golden_inputs), max_bytes=GOLDEN_BYTES) or None
@@ -109,7 +127,7 @@ def _truth(request: Request, source: Source | None, labels: tuple[str, ...] | No
 
 def _labels(request: Request) -> tuple[str, ...] | None:
     if request.labels is None:
-        return None
+        return request.output_spec.labels
     try:
         labels = read_labels(request.labels)
     except BundleError as error:
@@ -184,7 +202,7 @@ def _output(spec: OutputSpec, labels: tuple[str, ...] | None, entry: Prepared) -
     kind = spec.type or ("classification" if labels is not None or spec.top_k is not None else "tensor")
     tensor = entry.classifier if kind == "classification" and spec.tensor is None else spec.tensor
     return dataclasses.replace(
-        spec, type=kind, tensor=tensor, labels_file=writer.LABELS if labels is not None else None
+        spec, type=kind, tensor=tensor, labels=None, labels_file=writer.LABELS if labels is not None else None
     )
 
 
