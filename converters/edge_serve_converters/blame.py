@@ -77,7 +77,7 @@ def explain(layers: Sequence[Layer]) -> str | None:
     if lowest >= FINE_DB or not worst:
         return (
             f"no layer differs much from the float file (lowest SQNR {lowest:.1f} dB): "
-            "what differs from the SavedModel does so in float32 too"
+            "what differs from the source model does so in float32 too"
         )
     listed = ", ".join(f"{layer.index} ({layer.operator}) {_short(layer.name)}" for layer in worst)
     return f"no single layer is to blame, the error adds up over the layers; most of it comes from {listed}"

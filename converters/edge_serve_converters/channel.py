@@ -5,13 +5,16 @@ The real standard output is kept for the protocol; whatever TensorFlow prints go
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from edge_serve.errors import EdgeServeError, UsageError
@@ -19,6 +22,7 @@ from edge_serve_converters.errors import UnexplainedError
 
 Report = Callable[[str, int, int], None]
 """Stage, steps done, steps in all (0: unknown)."""
+NO_ROOM = "no room is left in {} for temporary files; make room there, or name another folder with TMPDIR"
 Handler = Callable[[dict[str, Any], Report], dict[str, Any]]
 
 
@@ -48,9 +52,19 @@ def serve(handlers: Mapping[str, Handler]) -> None:
             send({"event": "failed", "usage": False, "message": "ran out of memory", "log": True})
         except Exception as error:  # noqa: BLE001  # tensorflow raises anything; the parent decides what it means
             traceback.print_exc()
-            send({"event": "failed", "usage": False, "message": first_line(error), "log": True})
+            full = disk_full(error)
+            message = NO_ROOM.format(Path(tempfile.gettempdir()).parent) if full else first_line(error)
+            send({"event": "failed", "usage": full, "message": message, "log": True})
         else:
             send({"event": "done", "result": result})
+
+
+def disk_full(error: BaseException) -> bool:
+    """Say whether an exception, ours or one of tensorflow's that carries only text, means that a disk is full."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is None and text.endswith("written"):
+        return True  # numpy's "N requested and M written" is a write that was cut short
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text
 
 
 def _listen(commands: queue.SimpleQueue[str]) -> None:

@@ -29,6 +29,8 @@ FAR_OUTSIDE = 0.5
 _SLIGHTLY, _WRONGLY = 0.05, 1.0
 # All values within this part of what pixels can become: five of 256 gray levels.
 _NARROW = 1 / 50
+# A smaller "picture" is rather a matrix of something else.
+_SMALLEST_PICTURE = 8
 # Normalized channels have mean 0 and deviation 1; what is this far from it was normalized with other numbers, or not at all.
 _MEAN_OFF, _STD_LOW, _STD_HIGH = 5.0, 0.05, 10.0
 
@@ -93,9 +95,21 @@ def _scale(entry: InputPlan, source: Source, used: Array) -> Iterator[str]:
     spec = source.spec
     if spec.kind == "image" and source.as_is:
         yield from _scale_of_pictures(entry, source, float(used.min()), float(used.max()))
+    if spec.kind == "tensor" and source.as_is and _like_pictures(entry) and used.min() >= 0 and 2 < used.max() <= 255:
+        yield (
+            f"calibration data for input {entry.name!r} look like pixels, from {float(used.min()):.4g} to "
+            f"{float(used.max()):.4g}: was the model trained on 0..255? If it takes 0..1 or -1..1, bring {source.path.name} to that "
+            "range, or the ranges will be wrong"
+        )
     if spec.kind == "window" and (spec.mean is not None or spec.std is not None):
         rows = _by_channel(entry, spec, used)
         yield from _normalization(entry, source, rows if rows is not None else used.reshape(-1, 1))
+
+
+def _like_pictures(entry: InputPlan) -> bool:
+    """Tell whether a sample has the shape of a picture [height, width, 1 or 3]."""
+    shape = entry.sample_shape
+    return len(shape) == 3 and shape[2] in (1, 3) and min(shape[:2]) >= _SMALLEST_PICTURE
 
 
 def pixel_range(spec: InputSpec) -> tuple[float, float]:

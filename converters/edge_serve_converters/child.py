@@ -55,6 +55,8 @@ class Child:
             "CUDA_VISIBLE_DEVICES": "-1",
             "TF_ENABLE_ONEDNN_OPTS": "0",
             "PYTHONUNBUFFERED": "1",
+            # tensorflow leaves files there when it is ended.
+            "TMPDIR": str(work),
         }
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -135,7 +137,9 @@ class Child:
                     progress(message["stage"], message["done"], message["total"])
                 self._check_limits(what, deadline)
             elif message["event"] == "failed":
-                text = f"{what}: {message['message']}"
+                text = message["message"]
+                if not text.startswith(f"{what}: "):  # what concerns the source model as a file begins with its path
+                    text = f"{what}: {text}"
                 raise (
                     UsageError(text)
                     if message["usage"]

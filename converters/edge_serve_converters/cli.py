@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edge_serve.errors import UsageError
 from edge_serve.spec import InputSpec, OutputSpec
 from edge_serve_converters import recipe as recipes
 from edge_serve_converters.interrupt import terminated_as_interrupt
@@ -137,6 +139,12 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
     type=click.FloatRange(-1, 1),
     help="Refuse one with a lower cosine on any sample [default: by mode].",
 )
+@click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="Refuse one with more noise in an output: signal to quantization noise ratio in dB [default: by mode].",
+)
 @click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with these options; the command line wins.")
 @click.option(
     "--signature",
@@ -153,12 +161,19 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic in newer rele
 @click.option(
     "--samples",
     type=click.IntRange(2),
-    help=f"Most calibration samples; a quarter as many more are held back.  [default: {DEFAULT_SAMPLES}]",
+    help="Most calibration samples; a quarter as many more are held back, with --labels-for up to 1,000 of the rest.  "
+    f"[default: {DEFAULT_SAMPLES}]",
 )
 @click.option("--seed", type=click.IntRange(0), help="For drawing samples.  [default: 0]")
 @click.option("--version", type=click.IntRange(0), help="Version number [default: the next free one].")
 @click.option("--force", is_flag=True, help="Replace an existing --version.")
 @click.option("--name", help="The model's name in the manifest [default: OUTPUT's name].")
+@click.option(
+    "--report",
+    metavar="FILE.html",
+    type=click.Path(path_type=Path),
+    help="Write the report here, too: also if no variant passes and there is no bundle.",
+)
 @click.option(
     "--tensorboard", metavar="LOGDIR", type=click.Path(path_type=Path), help="Write the report for TensorBoard, too."
 )
@@ -195,6 +210,7 @@ def convert(
     max_drop: float | None,
     min_agreement: float | None,
     min_cosine: float | None,
+    min_sqnr: float | None,
     recipe: Path | None,
     signatures: tuple[str, ...],
     shapes: tuple[str, ...],
@@ -205,6 +221,7 @@ def convert(
     version: int | None,
     force: bool,
     name: str | None,
+    report: Path | None,
     tensorboard: Path | None,
     timeout: float,
     memory_limit: int | None,
@@ -238,6 +255,7 @@ def convert(
         max_drop=max_drop,
         min_agreement=min_agreement,
         min_cosine=min_cosine,
+        min_sqnr=min_sqnr,
         input=input_spec(meaning),
         output=output_spec(meaning),
     )
@@ -268,8 +286,10 @@ def convert(
         max_drop=said.max_drop,
         min_agreement=said.min_agreement,
         min_cosine=said.min_cosine,
+        min_sqnr_db=said.min_sqnr,
         input=said.input or InputSpec(),
         output_spec=said.output or OutputSpec(),
+        report=report,
         tensorboard=tensorboard,
         timeout_s=timeout,
         memory_limit_mb=memory_limit,
@@ -285,6 +305,7 @@ def _joined(parts: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...] | None:
 def run(request: Request, *, as_json: bool, quiet: bool) -> None:
     """Convert and print; ConversionError (exit 1) at the end if a variant is missing from the bundle."""
     from edge_serve_converters import progress  # numpy and Pillow only for real work
+    from edge_serve_converters.channel import NO_ROOM, disk_full
     from edge_serve_converters.convert import convert as convert_model
     from edge_serve_converters.errors import ConversionError
     from edge_serve_converters.outcome import report
@@ -293,6 +314,10 @@ def run(request: Request, *, as_json: bool, quiet: bool) -> None:
     try:
         with terminated_as_interrupt():
             outcome = convert_model(request, bar)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise UsageError(NO_ROOM.format(tempfile.gettempdir())) from error
     finally:
         bar.clear()
     if not as_json and not quiet:
@@ -301,11 +326,14 @@ def run(request: Request, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         document = {"bundle": str(outcome.bundle) if outcome.bundle is not None else None, **report(outcome)}
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-    elif outcome.bundle is not None:
-        if not quiet:
+    else:
+        if outcome.made and not quiet:
             click.echo(progress.table(outcome))
+        if not quiet:
+            sys.stdout.flush()  # the table comes before what is said of it, whoever reads both
             for line in progress.closing(outcome):
                 click.echo(line, err=True)
-        click.echo(str(outcome.bundle))
+        if outcome.bundle is not None:
+            click.echo(str(outcome.bundle))
     if outcome.failures:
         raise ConversionError(progress.failed(outcome))

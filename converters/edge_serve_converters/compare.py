@@ -6,6 +6,7 @@ Both run in the device runtime, in a child. The outcome is a document of the sha
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ import numpy as np
 from edge_serve import __version__
 from edge_serve.bundle import TensorSpec, sha256_of
 from edge_serve.errors import UsageError
-from edge_serve.model.interpreter import load_runtime
 from edge_serve.model.repository import ModelVersion, find
 from edge_serve.spec import InputSpec
 from edge_serve_converters import compare_plan, quality, store
@@ -27,6 +27,7 @@ from edge_serve_converters.errors import ConversionError
 from edge_serve_converters.gates import Gates, unmeasurable
 from edge_serve_converters.latency import summary
 from edge_serve_converters.plan import InputPlan
+from edge_serve_converters.report_markup import TASKS
 from edge_serve_converters.request import DEFAULT_SAMPLES, DEFAULT_TIMEOUT_S
 from edge_serve_converters.task import doubt, task_figures
 from edge_serve_converters.truth import open_truth
@@ -58,6 +59,8 @@ class Comparison:
     samples: int = DEFAULT_SAMPLES
     seed: int = 0
     threads: int = 1
+    channels: tuple[str, ...] | None = None
+    """Columns of a CSV file that are the samples. None: as the manifest says, else all."""
     labels_for: str | None = None
     """What the samples truly are, as `truth.open_truth` takes it."""
     gates: Gates = Gates()
@@ -131,18 +134,13 @@ def compare(request: Comparison, listener: Listener) -> dict[str, Any]:
         "compared": {
             entry.name: {"file": entry.version.file.name, "sha256": sha256_of(entry.version.file)} for entry in entries
         },
-        "converter": {"edge_serve": __version__, "runtime": _runtime()},
+        "converter": {"edge_serve": __version__, "runtime": entries[0].seen["runtime"]},
         "data": {"sha256": fed.fingerprint, "samples": fed.samples},
         "seed": request.seed,
         "variants": variants,
         "failed": failed,
         "warnings": notes,
     }
-
-
-def _runtime() -> str:
-    runtime = load_runtime()
-    return f"{runtime.module.replace('_', '-')} {runtime.version}"
 
 
 def _entries(request: Comparison) -> list[_Entry]:
@@ -226,9 +224,15 @@ def _add(notes: list[str], text: str) -> None:
 def _feed(request: Comparison, entries: Sequence[_Entry], work: Path, notes: list[str]) -> _Fed:
     """Write each file's inputs: the same samples for all, processed as each model wants them."""
     reference = entries[0]
-    specs = {side: _spec(entries, side, notes) for side in "AB"}
     # Each model resizes pictures itself; all other data are the tensors, so these must have one shape.
     pictures = kind_of(request.data) == "image"
+    if pictures:
+        compare_plan.check_pictures(request.data, [(entry.name, entry.inputs) for entry in entries])
+    # The data are named after the reference's inputs. What does not fit together is said before what does not fit the data.
+    pairs = [_matched(reference, entry, notes, shapes=not pictures) for entry in entries]
+    specs = {side: _spec(entries, side, notes) for side in "AB"}
+    if request.channels is not None:
+        specs = {side: dataclasses.replace(spec, channels=request.channels) for side, spec in specs.items()}
     if specs["A"] != specs["B"]:
         _add(notes, "the models process inputs differently: each gets the same samples in its own way")
     sources = {side: open_source(request.data, spec) for side, spec in specs.items()}
@@ -240,12 +244,7 @@ def _feed(request: Comparison, entries: Sequence[_Entry], work: Path, notes: lis
         truth = open_truth(request.labels_for, sources["A"], reference.version.labels)
     count = samples = 0
     batch = 1
-    for entry in entries:
-        # The data are named after the reference's inputs.
-        names = compare_plan.pair("inputs", reference.inputs, entry.inputs, shapes=not pictures)
-        if any(name != partner for name, partner in names.items()):
-            told = ", ".join(f"{name!r} with {partner!r}" for name, partner in names.items())
-            _add(notes, f"{entry.name}: inputs were matched by position: {told}")
+    for entry, names in zip(entries, pairs, strict=True):
         source = sources[entry.side]
         plan = compare_plan.plan(entry.name, reference.signature, entry.inputs, names, entry.outputs, source)
         found = source.open(plan).count
@@ -276,6 +275,15 @@ def _feed(request: Comparison, entries: Sequence[_Entry], work: Path, notes: lis
     return _Fed(samples, fingerprint(sources["A"], truth), labels)
 
 
+def _matched(reference: _Entry, entry: _Entry, notes: list[str], *, shapes: bool) -> dict[str, str]:
+    """Give the reference's input names → this file's; UsageError if the inputs do not belong together."""
+    names = compare_plan.pair("inputs", reference.inputs, entry.inputs, shapes=shapes)
+    if any(name != partner for name, partner in names.items()):
+        told = ", ".join(f"{name!r} with {partner!r}" for name, partner in names.items())
+        _add(notes, f"{entry.name}: inputs were matched by position: {told}")
+    return names
+
+
 def _run(child: Child, request: Comparison, entry: _Entry, folder: Path, listener: Listener) -> None:
     command = {"do": "run", **_command(request, entry), "data": str(entry.given), "answers": str(folder)}
     _call(child, entry, command, listener)
@@ -301,6 +309,7 @@ def _measure(
     expected = store.load(reference.answers)
     scores = _scores(reference)
     variants, failed = [_variant(request, reference, {})], []
+    own: dict[str, Any] = {}
     for entry in entries[1:]:
         matched = compare_plan.pair("outputs", reference.outputs, entry.outputs)
         if any(name != partner for name, partner in matched.items()):
@@ -323,14 +332,18 @@ def _measure(
         figures = _quality(request, expected, answers, scores, fed.samples)
         if fed.truth is not None:
             figures["task"] = task_figures(fed.truth, store.load(reference.given), expected, answers, scores)
+            # What the reference itself does is its own figure; against itself it has no drop.
+            task = {key: value for key, value in figures["task"].items() if key != "drop"}
+            own = {"task": {**task, "variant": task["float"]}}
             doubtful = doubt(figures["task"])
             if doubtful is not None:
-                _add(notes, doubtful.replace("the SavedModel itself", reference.name))
+                _add(notes, doubtful.replace("the source model itself", reference.name))
         gates = _gates(request.gates, figures)
         variants.append(_variant(request, entry, figures))
         if gates:
             reason = "; ".join(gate["text"] for gate in gates)
             failed.append({"name": entry.name, "reason": reason, "gates": gates, "quality": figures})
+    variants[0]["quality"] = own
     return variants, failed
 
 
@@ -370,9 +383,13 @@ def _gates(gates: Gates, figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         if entry.get("broken"):
             text = f"output {name!r} has {entry['broken']} values that are no numbers (NaN or infinity), where A gives numbers"
             said.append({"gate": "numbers", "limit": 0, "value": entry["broken"], "text": text})
-    drop = figures.get("task", {}).get("drop")
+    task = figures.get("task", {})
+    drop = task.get("drop")
     if gates.max_drop is not None and drop is not None and drop > gates.max_drop:
-        text = f"{figures['task']['metric']} falls by {drop:g}, more than --max-drop {gates.max_drop:g}"
+        text = (
+            f"{TASKS[task['metric']]} falls from {task['float']:.4f} to {task['variant']:.4f}, by {100 * drop:.2f} points, "
+            f"more than --max-drop {gates.max_drop:g} allows ({100 * gates.max_drop:.2f} points)"
+        )
         said.append({"gate": "max_drop", "limit": gates.max_drop, "value": drop, "text": text})
     for gate, called, limit, value in (
         ("min_agreement", "part of equal choices", gates.min_agreement, figures.get("top1_agreement")),

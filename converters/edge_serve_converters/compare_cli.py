@@ -43,6 +43,11 @@ Exit codes: 0 compared; 1 a gate failed, or an answer is no number where the ref
     "--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Most samples that are used."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For drawing samples.")
+@click.option(
+    "--channels",
+    metavar="a,b,…",
+    help="CSV data: the columns that are the samples [default: the manifest's, else all].",
+)
 @click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads when timing.")
 @click.option(
     "--labels-for",
@@ -89,6 +94,7 @@ def compare(
     signature: str | None,
     samples: int,
     seed: int,
+    channels: str | None,
     threads: int,
     labels_for: str | None,
     max_drop: float | None,
@@ -127,6 +133,7 @@ def compare(
         signature=signature,
         samples=samples,
         seed=seed,
+        channels=tuple(name.strip() for name in channels.split(",")) if channels is not None else None,
         threads=threads,
         labels_for=labels_for,
         gates=Gates(max_drop, min_agreement, min_cosine),
@@ -197,7 +204,7 @@ _HEAD = (
     "SQNR dB",
     "same class",
     "task",
-    "drop",
+    "change",
     "p50 ms",
     "XNNPACK",
 )
@@ -205,7 +212,11 @@ _HEAD = (
 
 def table(document: Mapping[str, Any]) -> str:
     """Draw the table of all files; the reference is the first and has no errors."""
-    rows = [_HEAD, *(_row(entry) for entry in document["variants"])]
+    from edge_serve_converters.report_markup import TASKS
+
+    metric = next((TASKS[task["metric"]] for task in _tasks(document)), "task")
+    head = tuple(metric if word == "task" else word for word in _HEAD)
+    rows = [head, *(_row(entry) for entry in document["variants"])]
     kept = [place for place in range(len(_HEAD)) if place == 0 or any(row[place] != "-" for row in rows[1:])]
     widths = {place: max(len(row[place]) for row in rows) for place in kept}
     return "\n".join(
@@ -216,6 +227,16 @@ def table(document: Mapping[str, Any]) -> str:
     )
 
 
+def _tasks(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [entry["quality"]["task"] for entry in document["variants"] if "task" in entry["quality"]]
+
+
+def _change(task: Mapping[str, Any]) -> str:
+    """Say how the task metric moved from the reference, in points of a hundred."""
+    drop = task.get("drop")
+    return "-" if drop is None else f"{-100 * drop:+.1f} points" if abs(drop) >= 0.0005 else "±0"
+
+
 def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     figures = entry["quality"]
     return (
@@ -224,10 +245,10 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         _figure(figures.get("max_error"), ".3g"),
         _figure(figures.get("mean_error"), ".3g"),
         _figure(figures.get("cosine"), ".5f"),
-        _figure(figures.get("sqnr_db"), ".1f"),
+        _decibels(figures.get("sqnr_db")),
         _figure(figures.get("top1_agreement"), ".1%"),
-        _figure(figures.get("task", {}).get("variant"), ".1%"),
-        _figure(figures.get("task", {}).get("drop"), ".3f"),
+        _figure(figures.get("task", {}).get("variant"), ".4f"),
+        _change(figures.get("task", {})),
         _figure(entry["latency_ms"]["p50"], ".3g"),
         f"{entry['xnnpack_operators']} of {sum(entry['operators'].values())}",
     )
@@ -237,12 +258,20 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _decibels(value: float | None) -> str:
+    from edge_serve_converters.report_markup import is_exact
+
+    return "exact" if is_exact(value) else _figure(value, ".1f")
+
+
 def closing(document: Mapping[str, Any]) -> Sequence[str]:
     """Give the lines after the table: what it was measured on, and what a person should know."""
     samples = document["data"]["samples"]
-    tasks = [entry["quality"]["task"] for entry in document["variants"] if "task" in entry["quality"]]
+    from edge_serve_converters.report_markup import TASKS
+
+    on = f"{samples} {document['measured_on']}, which may include samples that calibrated one of the models"
     return [
-        *(f"task: {task['metric']} of output {task['output']!r} against the labels" for task in tasks[:1]),
-        f"errors against {document['default']} on {samples} {document['measured_on']}",
+        *(f"{TASKS[t['metric']]} is of output {t['output']!r} against the labels" for t in _tasks(document)[:1]),
+        f"errors against {document['default']} on {on}",
         *(f"note: {text}" for text in document["warnings"]),
     ]

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from edge_serve.errors import ModelError
 from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import load_runtime
-from edge_serve.processing.tensor import quantize
-from edge_serve_converters import channel, device, store
+from edge_serve_converters import channel, store
+from edge_serve_converters.engine_run import ends, fed, run_folders, runtime_name
 
 # Different inputs in turn, so that no cache holds all of one; more would only take memory.
 TIMED_INPUTS = 8
 
 
 def _open(command: dict[str, Any]) -> Engine:
-    return Engine.open(
-        Path(command["model"]),
-        runtime=load_runtime(),
-        delegate=command["delegate"],
-        threads=command["threads"],
-        signature=command["signature"],
-    )
+    try:
+        return Engine.open(
+            Path(command["model"]),
+            runtime=load_runtime(),
+            delegate=command["delegate"],
+            threads=command["threads"],
+            signature=command["signature"],
+        )
+    except ModelError as error:  # it speaks of a configuration's key; here that is an option
+        raise ModelError(str(error).replace("`signature`", "--signature")) from error
 
 
 def describe(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
@@ -34,11 +35,11 @@ def describe(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
     engine = _open(command)
     answer = {
         "signature": engine.signature,
-        "inputs": [dataclasses.asdict(spec) for spec in engine.inputs.values()],
-        "outputs": [dataclasses.asdict(spec) for spec in engine.outputs.values()],
+        **ends(engine),
         "delegate": engine.delegate,
         "claimed": engine.claims.taken,
         "operators": engine.claims.operators,
+        "runtime": runtime_name(load_runtime()),
     }
     engine.close()
     return answer
@@ -47,10 +48,7 @@ def describe(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
 def run(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
     """Run a file over a folder of inputs and write its outputs as real numbers: describe's command, "data" and "answers"."""
     engine = _open(command)
-    inputs = store.load(Path(command["data"]))
-    total = store.runs(inputs)
-    outputs, _ = device.run_engine(engine, inputs, lambda done: report("run", done, total))
-    store.save(Path(command["answers"]), outputs)
+    run_folders(engine, [(command["data"], command["answers"])], report)
     engine.close()
     return {}
 
@@ -60,13 +58,7 @@ def latency(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
     report("latency", 0, 0)
     engine = _open(command)
     inputs = store.load(Path(command["data"]))
-    given = [
-        {
-            name: np.ascontiguousarray(quantize(np.asarray(inputs[name][number]), spec))
-            for name, spec in engine.inputs.items()
-        }
-        for number in range(min(TIMED_INPUTS, store.runs(inputs)))
-    ]
+    given = [fed(inputs, number, engine.inputs) for number in range(min(TIMED_INPUTS, store.runs(inputs)))]
     engine.run(given[0])  # a dynamic batch takes its memory now
     times: list[float] = []
     deadline = time.perf_counter() + command["seconds"]

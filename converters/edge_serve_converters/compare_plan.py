@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,11 @@ from edge_serve.errors import UsageError
 from edge_serve_converters.plan import InputPlan, Shape, SignaturePlan
 from edge_serve_converters.source import Source
 from edge_serve_converters.store import Array
+
+_SAME_SHAPE = (
+    ": convert both to one shape (convert --input-shape NAME=1,…). Only pictures may differ in size: "
+    "with a folder of them as --data each model resizes them itself"
+)
 
 
 def pair(
@@ -28,7 +34,8 @@ def pair(
                 f"{name!r} is {_shape(reference[name])} in A and {_shape(other[name])} in B" for name in wrong
             )
             raise UsageError(
-                f"the {role} have different shapes: {told}; only models that take and give the same compare"
+                f"the {role} have different shapes: {told}; only models that take and give the same can be compared"
+                + (_SAME_SHAPE if role == "inputs" else "")
             )
         return {name: name for name in reference}
     matched = dict(zip(reference, other, strict=False))
@@ -38,8 +45,25 @@ def pair(
         raise UsageError(
             f"the {role} differ: A has {_listed(reference)}; B has {_listed(other)}. "
             "They are matched by name, or by position where all shapes are equal"
+            + (_SAME_SHAPE if role == "inputs" else "")
         )
     return matched
+
+
+def check_pictures(data: Path, sides: Sequence[tuple[str, Mapping[str, TensorSpec]]]) -> None:
+    """Check that models take pictures, [1, height, width] or [1, height, width, 1 or 3]; `sides` has name and inputs of each.
+
+    UsageError says which does not, and what each of them takes.
+    """
+    for name, inputs in sides:
+        spec = next(iter(inputs.values()))
+        picture = len(spec.shape) in (3, 4) and spec.shape[0] in (-1, 1) and (*spec.shape, 1)[3] in (1, 3)
+        if len(inputs) != 1 or not picture:
+            told = "; ".join(f"{side} takes {_listed(taken)}" for side, taken in sides)
+            raise UsageError(
+                f"{data}: holds pictures, and {name} takes none: {told}. Compare models that both take pictures, "
+                "or give what both take as an .npz, .npy or .csv file"
+            )
 
 
 def fits(one: Sequence[int], other: Sequence[int]) -> bool:

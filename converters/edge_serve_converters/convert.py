@@ -19,6 +19,7 @@ from edge_serve.schema import merge
 from edge_serve.spec import OutputSpec
 from edge_serve_converters import meaning, model_file, store, wanted, warmup, writer
 from edge_serve_converters.calibration import Source, Warnings, fingerprint, open_source
+from edge_serve_converters.compare_cli import write_report
 from edge_serve_converters.errors import ConversionError, RefusedError
 from edge_serve_converters.model_file import Format
 from edge_serve_converters.outcome import Failure, Outcome, recipe, report
@@ -91,6 +92,8 @@ def convert(request: Request, listener: Listener) -> Outcome:
                 report=report(outcome),
             )
             outcome.bundle = writer.write(request.output, outcome.version, request.force, content)
+        if request.report is not None:
+            write_report(request.report, report(outcome))
         if request.tensorboard is not None:
             write_events(request.tensorboard, report(outcome))
     return outcome
@@ -142,14 +145,16 @@ def _check_labels(labels: tuple[str, ...] | None, spec: OutputSpec, entry: Prepa
     for option, name in _named_outputs(spec).items():
         if name not in outputs:
             raise UsageError(f"--{option} {name}: the model has no such output; it has: {', '.join(outputs)}")
-    if labels is None or spec.type not in (None, "classification"):
+    if labels is None and spec.type != "classification":
+        return
+    if spec.type not in (None, "classification"):
         return
     if entry.classifier is None:
         raise UsageError(
-            f"labels need to know which output holds the scores of the classes ({', '.join(outputs)}): say --scores-output"
+            f"a classifier needs to say which output holds the scores of the classes ({', '.join(outputs)}): --scores-output NAME"
         )
     classes = outputs[entry.classifier].shape[-1]
-    if classes != len(labels):
+    if labels is not None and classes != len(labels):
         raise UsageError(
             f"{len(labels)} labels for the {classes} classes of output {entry.classifier!r}; give exactly one for each class"
         )
@@ -164,9 +169,16 @@ def _check_classes(truth: Truth | None, entry: Prepared) -> None:
 
 
 def _look_for_logits(spec: OutputSpec, entry: Prepared, warnings: Warnings) -> None:
-    if entry.classifier is None or spec.activation is not None:
+    if entry.classifier is None:
         return
     scores = store.load(entry.expected["measured"])[entry.classifier]
+    if spec.activation not in (None, "none"):
+        if scores.size and np.all((scores >= 0) & (scores <= 1)):
+            warnings.add(
+                f"output {entry.classifier!r} lies within 0..1 already: --activation {spec.activation} would be applied a second "
+                "time if the model ends in one; leave it out then"
+            )
+        return
     if scores.dtype.kind == "f" and scores.size and (np.nanmin(scores) < 0 or np.nanmax(scores) > 1):
         warnings.add(
             f"output {entry.classifier!r} goes beyond 0..1: if these are logits, say --activation softmax (or sigmoid)"

@@ -5,19 +5,14 @@ It is a process of its own because a damaged file may take the runtime, and the 
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edge_serve.errors import InferenceError, InputError, ModelError
+from edge_serve.errors import ModelError
 from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import load_runtime
-from edge_serve.processing.tensor import dequantize, quantize
-from edge_serve_converters import channel, layers, store
+from edge_serve_converters import channel, store
+from edge_serve_converters.engine_run import ends, run_folders, runtime_name
 from edge_serve_converters.errors import ConversionError
 from edge_serve_converters.latency import summary
 
@@ -46,61 +41,22 @@ def run(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
                 f"signature {command['signature']} has the {role} {', '.join(sorted(found))} in the file; "
                 f"the source has {', '.join(sorted(wanted))}"
             )
-    loaded = [(store.load(Path(source)), Path(target)) for source, target in command["data"]]
-    total = sum(store.runs(inputs) for inputs, _ in loaded)
-    done = 0
-    seconds: list[float] = []
-    for inputs, target in loaded:
-        before = done
-        outputs, took = run_engine(engine, inputs, lambda number, before=before: report("run", before + number, total))  # type: ignore[misc]
-        store.save(target, outputs)
-        seconds += took
-        done += store.runs(inputs)
+    seconds = run_folders(engine, command["data"], report)
     answer = {
-        "inputs": [dataclasses.asdict(spec) for spec in engine.inputs.values()],
-        "outputs": [dataclasses.asdict(spec) for spec in engine.outputs.values()],
+        **ends(engine),
         "claimed": engine.claims.claimed,
         "operators": engine.claims.total,
         "latency_ms": {**summary(seconds), "threads": engine.threads, "delegate": engine.delegate},
-        "runtime": f"{runtime.module.replace('_', '-')} {runtime.version}",
+        "runtime": runtime_name(runtime),
     }
     engine.close()
     return answer
 
 
-def run_engine(engine: Engine, inputs: store.Arrays, step: Callable[[int], None]) -> tuple[store.Arrays, list[float]]:
-    """Run an engine on every run of the inputs; gives outputs (name → [runs, *shape], float32 where quantized) and seconds.
-
-    ConversionError if the runtime fails on one of them, or the outputs' shapes depend on the values.
-    """
-    results: dict[str, list[Any]] = {name: [] for name in engine.outputs}
-    seconds = []
-    for number in range(store.runs(inputs)):
-        given = {
-            name: np.ascontiguousarray(quantize(np.asarray(inputs[name][number]), spec))
-            for name, spec in engine.inputs.items()
-        }
-        start = time.perf_counter()
-        try:
-            answers = engine.run(given)
-        except (InferenceError, InputError) as error:
-            raise ConversionError(str(error)) from error
-        seconds.append(time.perf_counter() - start)
-        for name, array in answers.items():
-            results[name].append(dequantize(np.array(array), engine.outputs[name]))
-        step(number + 1)
-    for name, arrays in results.items():
-        shapes = sorted({array.shape for array in arrays})
-        if len(shapes) > 1:
-            raise ConversionError(
-                f"output {name!r} has a shape that depends on the values of the input ({list(shapes[0])}, {list(shapes[-1])}); "
-                "device models have fixed shapes: pad the output in the model to its largest size"
-            )
-    return {name: np.stack(arrays) for name, arrays in results.items()}, seconds
-
-
 def compare_layers(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
     """Compare a file's layers with the float file's: {"reference", "model", "signature", "inputs": folder, "runs"}."""
+    from edge_serve_converters import layers  # and what reads files, which running them does not need
+
     report("layers", 0, 0)
     found = layers.compare_layers(
         Path(command["reference"]),

@@ -20,6 +20,10 @@ class UnexplainedError(ConversionError):
     """The converter's own message is all there is to say; the end of its log goes with it."""
 
 
+class NothingQuantizedError(ConversionError):
+    """All of a file that was to be quantized computes in float."""
+
+
 class RefusedError(ConversionError):
     """A variant that runs but is too far from the float model: what was measured, and where the error begins."""
 

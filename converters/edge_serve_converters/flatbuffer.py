@@ -1,4 +1,4 @@
-"""What a .tflite file really holds, read from its flatbuffer: operators, tensor types, weights, and the runtime it needs.
+"""What a .tflite file really holds: operators, tensor types, weights, and what keeps devices from running it.
 
 The converter's exit status says little: it also writes files without weights and "int8" files that compute in float.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-# What detectors end in; device runtimes have it although it is a custom operator.
-DEVICE_CUSTOM_OPERATORS = frozenset({"TFLite_Detection_PostProcess"})
+from edge_serve_converters import graph
+from edge_serve_converters.runtimes import BUILTIN_CUSTOM
+
+# What detectors end in: one custom operator where the SavedModel has a stand-in that computes nothing of the kind.
+FUSED_OPERATORS = frozenset({"TFLite_Detection_PostProcess"})
 # These move values between types or steer control flow; they compute nothing, so float tensors at them are no fallback.
 _NEUTRAL = frozenset(
-    {"QUANTIZE", "DEQUANTIZE", "CAST", "SHAPE", "RANK", "WHILE", "IF", "CALL", "CALL_ONCE", *DEVICE_CUSTOM_OPERATORS}
+    {"QUANTIZE", "DEQUANTIZE", "CAST", "SHAPE", "RANK", "WHILE", "IF", "CALL", "CALL_ONCE", *FUSED_OPERATORS}
 )
-_RUNTIME_METADATA = b"min_runtime_version"
+_FLOATS = frozenset({"float32", "float16"})
+_INTEGERS = frozenset({"int8", "uint8"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,62 +32,47 @@ class Contents:
     integer_operators: int
     """How many compute on 8-bit tensors."""
     constants: frozenset[str]
-    """The types of the tensors that hold data: the weights."""
+    """The types of the tensors that hold data, the weights, as the schema writes them: INT8, FLOAT32, …"""
     custom: tuple[str, ...]
     """Custom operators that device runtimes do not have."""
     weightless: bool
     """Reads variables that nothing in the file sets: it loads, and fails when it runs."""
     stateful: bool
     """Writes variables while it runs."""
-    min_runtime: str | None
-    """The first TensorFlow Lite version that has all operators in their versions; every ai-edge-litert is newer."""
 
 
 def read_contents(data: bytes) -> Contents:
-    """Read a .tflite file; ValueError if it is not one."""
-    from ai_edge_litert import schema_py_generated as schema  # only conversion needs it
-
-    if data[4:8] != b"TFL3":
-        raise ValueError("not a TFLite flatbuffer")
-    model = schema.Model.GetRootAs(data, 0)
-    codes = [_operator_name(model.OperatorCodes(index)) for index in range(model.OperatorCodesLength())]
-    types = _names(schema.TensorType)
+    """Read a .tflite file; ValueError if it is none, or damaged."""
+    found = graph.read(data)
     operators: Counter[str] = Counter()
     floats: Counter[str] = Counter()
     integers = 0
-    constants: set[str] = set()
-    for number in range(model.SubgraphsLength()):
-        subgraph = model.Subgraphs(number)
-        kinds = []
-        for index in range(subgraph.TensorsLength()):
-            tensor = subgraph.Tensors(index)
-            kinds.append(types[tensor.Type()])
-            buffer = model.Buffers(tensor.Buffer())
-            # Weights beyond 2 GB lie behind the flatbuffer: no length, but an offset (0 and 1 mean none).
-            if buffer.DataLength() or buffer.Offset() > 1:
-                constants.add(kinds[-1])
-        for index in range(subgraph.OperatorsLength()):
-            operator = subgraph.Operators(index)
-            name, _ = codes[operator.OpcodeIndex()]
-            operators[name] += 1
-            touched = {kinds[index] for index in _tensors(operator) if index >= 0}
-            if name in _NEUTRAL:
-                continue
-            if touched & {"FLOAT32", "FLOAT16"}:
-                floats[name] += 1
-            elif touched & {"INT8", "UINT8"}:
-                integers += 1
+    for operator in found.operators:
+        operators[operator.name] += 1
+        touched = {tensor.dtype for tensor in operator.present + operator.outputs}
+        if operator.name in _NEUTRAL:
+            continue
+        if touched & _FLOATS:
+            floats[operator.name] += 1
+        elif touched & _INTEGERS:
+            integers += 1
+    constants = {tensor.dtype for subgraph in found.subgraphs for tensor in _held(subgraph)}
     assigns = "ASSIGN_VARIABLE" in operators
     return Contents(
         dict(sorted(operators.items())),
         dict(sorted(floats.items())),
         integers,
-        frozenset(constants),
-        tuple(sorted({name for name, custom in codes if custom and name not in DEVICE_CUSTOM_OPERATORS})),
+        frozenset(dtype.upper() for dtype in constants),
+        tuple(sorted({operator.name for operator in found.operators if operator.custom} - BUILTIN_CUSTOM)),
         "VAR_HANDLE" in operators and not assigns,
         assigns,
-        _min_runtime(model),
     )
+
+
+def _held(subgraph: graph.Subgraph) -> list[graph.Tensor]:
+    """List the tensors whose data the file has; other constants are unpacked from them when it is loaded."""
+    made = {tensor.index for operator in subgraph.operators for tensor in operator.outputs}
+    return [tensor for tensor in subgraph.tensors if tensor.constant and tensor.index not in made]
 
 
 def fix_batch(data: bytes) -> bytes:
@@ -105,33 +92,3 @@ def fix_batch(data: bytes) -> bytes:
             if tensor.ShapeSignatureLength() and tensor.ShapeSignature(0) == -1 and tensor.Shape(0) == 1:
                 tensor.ShapeSignatureAsNumpy()[0] = 1  # a view of `changed`
     return bytes(changed)
-
-
-def _tensors(operator: Any) -> list[int]:
-    inputs = [operator.Inputs(index) for index in range(operator.InputsLength())]
-    return inputs + [operator.Outputs(index) for index in range(operator.OutputsLength())]
-
-
-def _operator_name(code: Any) -> tuple[str, bool]:
-    from ai_edge_litert import schema_py_generated as schema
-
-    # Files of before 2020 keep the code in the older 8-bit field; the larger one is right in both.
-    number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
-    if number == schema.BuiltinOperator.CUSTOM:
-        custom = code.CustomCode()
-        return custom.decode("utf-8", "replace") if custom else "CUSTOM", True
-    return _names(schema.BuiltinOperator).get(number, f"BUILTIN_{number}"), False
-
-
-@cache
-def _names(enumeration: type) -> dict[int, str]:
-    return {value: name for name, value in vars(enumeration).items() if not name.startswith("_")}
-
-
-def _min_runtime(model: Any) -> str | None:
-    for index in range(model.MetadataLength()):
-        entry = model.Metadata(index)
-        if entry.Name() == _RUNTIME_METADATA:
-            text = bytes(model.Buffers(entry.Buffer()).DataAsNumpy()).rstrip(b"\0").decode("ascii", "replace")
-            return text or None
-    return None

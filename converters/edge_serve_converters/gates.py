@@ -23,7 +23,8 @@ class Gates:
     """Limits; None stands for the default of the mode.
 
     A person's limit for one kind of figure also replaces the defaults that ask the same: `max_drop` and `min_agreement`
-    each stand for the classes, `min_cosine` and `min_sqnr_db` each for all outputs' cosine, SQNR and variation.
+    each stand for the classes, `min_sqnr_db` for SQNR and variation. `min_cosine` replaces the default cosine; one below it
+    says that a distant variant is accepted, and stands for SQNR and variation, too.
     """
 
     max_drop: float | None = None
@@ -102,7 +103,7 @@ def unmeasurable(gates: Gates, quality: Mapping[str, Any]) -> str | None:
             "use --min-cosine, or --max-drop with labels"
         )
     if not outputs and (gates.min_cosine is not None or gates.min_sqnr_db is not None):
-        return "--min-cosine: the outputs of this model cannot be compared with the SavedModel's; leave it out"
+        return "--min-cosine: the outputs of this model cannot be compared with the source model's; leave it out"
     return None
 
 
@@ -130,7 +131,7 @@ def _numbers(quality: Mapping[str, Any]) -> Iterator[Refused]:
         broken = figures.get("broken", 0)
         if broken:
             text = (
-                f"output {name!r} holds {broken} values that are NaN or infinite where the SavedModel gives numbers: "
+                f"output {name!r} holds {broken} values that are NaN or infinite where the source model gives numbers: "
                 "this variant must not be shipped; convert to another mode"
             )
             yield Refused("numbers", 0, broken, text)
@@ -148,7 +149,7 @@ def _drop(quality: Mapping[str, Any], gates: Gates, limits: Defaults) -> Iterato
         text = (
             f"{name} falls from {task['float']:.4f} to {task['variant']:.4f} on {task['samples']} held-back "
             f"{'pixels' if task['metric'] == 'mean_iou' else 'samples'}, by {100 * value:.2f} points where "
-            f"{100 * limit:.2f} are allowed: it answers worse than the SavedModel; {_advice('--max-drop')}"
+            f"{100 * limit:.2f} are allowed: it answers worse than the source model; {_advice('--max-drop')}"
         )
         yield Refused("max_drop", limit, value, text)
 
@@ -165,7 +166,7 @@ def _agreement(quality: Mapping[str, Any], gates: Gates, limits: Defaults, rando
         if value < limit - _SLACK and (asked is not None or lost > 1.5):
             ties = "" if asked is not None else ", near ties not counted"
             text = (
-                f"output {name!r} chooses the SavedModel's class for {value:.1%} of {figures['choices']} choices{ties}, "
+                f"output {name!r} chooses the source model's class for {value:.1%} of {figures['choices']} choices{ties}, "
                 f"where {limit:.1%} are asked: it decides otherwise; {_advice('--min-agreement')}"
             )
             yield Refused("min_agreement", limit, value, text)
@@ -181,7 +182,7 @@ def _choosing(quality: Mapping[str, Any], *, asked: bool) -> dict[str, Mapping[s
 def _closeness(
     quality: Mapping[str, Any], gates: Gates, limits: Defaults, mode: str, random: bool
 ) -> Iterator[Refused]:
-    asked = gates.min_cosine is not None or gates.min_sqnr_db is not None
+    lenient = gates.min_cosine is not None and gates.min_cosine < limits.min_cosine
     for name, figures in quality.get("outputs", {}).items():
         for gate, key, meaning, limit in (
             ("min_cosine", "cosine", _TURNED, gates.min_cosine),
@@ -189,18 +190,20 @@ def _closeness(
         ):
             if limit is not None and figures.get(key, limit) < limit - _SLACK:
                 yield _far(gate, name, key, meaning, limit, figures[key])
-        if asked:
-            continue
         chosen = "agreement" in figures and not random
-        wrong = _scores(figures, limits, mode) if chosen else _values(figures, limits, mode, random)
+        wrong = (
+            None if lenient else _scores(figures, limits, mode) if chosen else _values(figures, limits, mode, random)
+        )
         if wrong is not None:
             gate, key, meaning, limit = wrong
+            if (gates.min_cosine if gate == "min_cosine" else gates.min_sqnr_db) is not None:
+                continue  # the person's own limit was asked above
             yield _far(gate, name, key, meaning, limit, figures[key])
 
 
 Wrong = tuple[str, str, str, float]
 """Gate, figure, what that means, limit."""
-_TURNED = "points another way than the SavedModel's on some input"
+_TURNED = "points another way than the source model's on some input"
 _NOISY = "has too much noise in it"
 _CONSTANT = "tells little more about the input than a constant would"
 
@@ -211,7 +214,7 @@ def _values(figures: Mapping[str, Any], limits: Defaults, mode: str, random: boo
         return None
     if random:
         limit = _RANDOM_SQNR_DB.get(mode, _RANDOM_OTHERS_DB)
-        meaning = "computes something else than the SavedModel's, even on random inputs"
+        meaning = "computes something else than the source model's, even on random inputs"
         return ("min_sqnr_db", "sqnr_db", meaning, limit) if figures.get("sqnr_db", limit) < limit else None
     if figures.get("values", 0) >= MIN_COSINE_VALUES and figures["cosine"] < limits.min_cosine:
         return "min_cosine", "cosine", _TURNED, limits.min_cosine
@@ -226,7 +229,7 @@ def _scores(figures: Mapping[str, Any], limits: Defaults, mode: str) -> Wrong | 
     """Judge scores of classes beyond the choice: all samples may be of one class, and the choice then shows nothing.
 
     Scores that hardly vary are well within an 8-bit step; only noise beyond both says that the variant answers at random.
-    Where nothing is quantized, the scores themselves must be those of the SavedModel.
+    Where nothing is quantized, the scores themselves must be those of the source model.
     """
     if mode == "none" and figures["sqnr_db"] < limits.min_sqnr_db:
         return "min_sqnr_db", "sqnr_db", _NOISY, limits.min_sqnr_db
@@ -241,8 +244,9 @@ _WORDS = {"cosine": "lowest cosine", "sqnr_db": "SQNR", "variation_db": "SQNR of
 
 
 def _far(gate: str, name: str, key: str, meaning: str, limit: float, value: float) -> Refused:
-    shown = (f"{value:.4f}", f"{limit:.4f}") if key == "cosine" else (f"{value:.1f} dB", f"{limit:.1f} dB")
-    text = f"output {name!r} {meaning}: its {_WORDS[key]} is {shown[0]} where {shown[1]} is asked; {_advice('--min-cosine')}"
+    shown = (f"{value:.6g}", f"{limit:.6g}") if key == "cosine" else (f"{value:.1f} dB", f"{limit:.1f} dB")
+    flag = "--min-cosine" if gate == "min_cosine" else "--min-sqnr"
+    text = f"output {name!r} {meaning}: its {_WORDS[key]} is {shown[0]} where {shown[1]} is asked; {_advice(flag)}"
     return Refused(gate, limit, value, text)
 
 

@@ -1,23 +1,27 @@
 """A .tflite file as typed values: subgraphs, operators with their options, tensors with shapes, types and quantization.
 
-What delegates and runtimes take is decided over these. The layout is TensorFlow Lite's `schema.fbs`; names of operators and
-options are the schema's. Whatever the bytes are, the answer is a Graph or ValueError.
+What a variant holds, which layers belong together, and what delegates and runtimes take is decided over these. The layout
+is TensorFlow Lite's `schema.fbs`; names of operators and options are the schema's. Whatever the bytes are, the answer is a
+Graph or ValueError.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Shape = tuple[int, ...]
+Entry = TypeVar("Entry")
 
 IDENTIFIER = b"TFL3"
 # Of an honest file each vector and text is read once or twice; a file whose parts point at each other over and over would
@@ -76,6 +80,8 @@ class Tensor:
     """The shape that the file declares: -1 for what is open. Equal to `shape` where nothing is."""
     scales: int
     """How many scales it has: 0 is not quantized, 1 per tensor, more per channel."""
+    scale: float | None
+    """The scale of a tensor that has one scale and one zero point for all its values."""
     zero_points: tuple[int, ...]
     axis: int
     """The dimension that the scales belong to, where there are several."""
@@ -148,11 +154,21 @@ class Subgraph:
     operators: tuple[Operator, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Where callers enter."""
+
+    subgraph: int
+    inputs: Mapping[str, int]
+    """The signature's name of an input → the index of its tensor."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
     """A whole file."""
 
     subgraphs: tuple[Subgraph, ...]
+    signatures: Mapping[str, Signature]
 
     @property
     def operators(self) -> Iterator[Operator]:
@@ -160,8 +176,14 @@ class Graph:
         return (operator for subgraph in self.subgraphs for operator in subgraph.operators)
 
 
-def read(data: bytes) -> Graph:
-    """Read a .tflite file; ValueError if it is none or damaged. Weights are not copied."""
+def read_file(path: Path) -> Graph:
+    """Read a .tflite file that is mapped, not copied, as long as the graph is there; OSError, and ValueError as of `read`."""
+    with path.open("rb") as stream:
+        return read(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def read(data: bytes | mmap.mmap) -> Graph:
+    """Read the bytes of a .tflite file; ValueError if it is none or damaged. Weights are not copied."""
     if data[4:8] != IDENTIFIER:
         raise ValueError("not a TFLite flatbuffer")
     try:
@@ -173,7 +195,7 @@ def read(data: bytes) -> Graph:
 class _Reader:
     """Reads one file; every vector and text is paid for from a budget, so that no file costs much more than its size."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | mmap.mmap) -> None:
         from ai_edge_litert import schema_py_generated as schema  # only conversion needs it
 
         self._schema = schema
@@ -193,17 +215,29 @@ class _Reader:
             self._code(model.OperatorCodes(index))
             for index in range(self._count(model.OperatorCodesLength(), "operator codes"))
         ]
-        entries = {
-            model.SignatureDefs(index).SubgraphIndex()
-            for index in range(self._count(model.SignatureDefsLength(), "signatures"))
-        }
+        signatures = self._signatures()
+        entries = {signature.subgraph for signature in signatures.values()}
         subgraphs = [
             self._subgraph(index, index in (entries or {0}), codes)
             for index in range(self._count(model.SubgraphsLength(), "subgraphs"))
         ]
         if not subgraphs:
             raise ValueError("no graph")
-        return Graph(tuple(subgraphs))
+        for signature in signatures.values():
+            entered = _pick(subgraphs, signature.subgraph, "graph")
+            for index in signature.inputs.values():
+                _pick(entered.tensors, index, "tensor")
+        return Graph(tuple(subgraphs), MappingProxyType(signatures))
+
+    def _signatures(self) -> dict[str, Signature]:
+        found: dict[str, Signature] = {}
+        for index in range(self._count(self._model.SignatureDefsLength(), "signatures")):
+            table = self._model.SignatureDefs(index)
+            count = self._count(table.InputsLength(), "inputs of signatures")
+            maps = [table.Inputs(place) for place in range(count)]
+            inputs = {self._text(entry.Name()): int(entry.TensorIndex()) for entry in maps}
+            found.setdefault(self._text(table.SignatureKey()), Signature(table.SubgraphIndex(), inputs))
+        return found
 
     def _count(self, length: int, what: str, size: int = _TABLE_BYTES) -> int:
         """Pay for a vector before it is gone over."""
@@ -248,7 +282,8 @@ class _Reader:
 
     def _referred(self, length: int, at: Callable[[int], int], tensors: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(
-            _pick(tensors, at(index)) for index in range(self._count(length, "references to tensors", _NUMBER_BYTES))
+            _pick(tensors, at(index), "tensor")
+            for index in range(self._count(length, "references to tensors", _NUMBER_BYTES))
         )
 
     def _operator(self, index: int, table: Any, codes: list[tuple[str, int, bool]], tensors: list[Tensor]) -> Operator:
@@ -256,7 +291,7 @@ class _Reader:
         inputs = []
         for place in range(self._count(table.InputsLength(), "references to tensors", _NUMBER_BYTES)):
             number = table.Inputs(place)
-            inputs.append(None if number < 0 else _pick(tensors, number))
+            inputs.append(None if number < 0 else _pick(tensors, number, "tensor"))
         outputs = self._referred(table.OutputsLength(), table.Outputs, tensors)
         if name in _UNPACKS and inputs and inputs[0] is not None and inputs[0].constant:
             outputs = tuple(replace(tensor, constant=True) for tensor in outputs)
@@ -279,12 +314,16 @@ class _Reader:
         shape = tuple(int(table.Shape(axis)) for axis in range(rank))
         signature = tuple(int(table.ShapeSignature(axis)) for axis in range(declared)) if declared == rank else shape
         quantization = table.Quantization()
-        scales, zero_points, axis, blockwise = 0, (), 0, False
+        scales, axis, blockwise = 0, 0, False
+        scale: float | None = None
+        zero_points: tuple[int, ...] = ()
         if quantization is not None:
             scales = self._count(quantization.ScaleLength(), "scales", _NUMBER_BYTES)
             self._pay(8 * quantization.ZeroPointLength(), "zero points")
             if quantization.ZeroPointLength():
                 zero_points = tuple(quantization.ZeroPointAsNumpy().tolist())
+            if scales == 1 == len(zero_points):
+                scale = float(quantization.Scale(0))
             axis = quantization.QuantizedDimension()
             blockwise = quantization.DetailsType() == self._schema.QuantizationDetails.BlockwiseQuantization
         buffer = self._model.Buffers(table.Buffer())
@@ -298,6 +337,7 @@ class _Reader:
             shape,
             signature,
             scales,
+            scale,
             zero_points,
             axis,
             blockwise,
@@ -311,10 +351,10 @@ def elements(shape: Shape) -> int:
     return math.prod(shape)
 
 
-def _pick(tensors: list[Tensor], index: int) -> Tensor:
-    if not 0 <= index < len(tensors):
-        raise ValueError(f"it refers to tensor {index} of {len(tensors)}")
-    return tensors[index]
+def _pick(entries: Sequence[Entry], index: int, what: str) -> Entry:
+    if not 0 <= index < len(entries):
+        raise ValueError(f"it refers to {what} {index} of {len(entries)}")
+    return entries[index]
 
 
 def _enumeration(enumeration: type) -> dict[str, int]:

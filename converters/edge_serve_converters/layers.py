@@ -7,7 +7,7 @@ tensors), run by run, so that only one run's activations are in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from edge_serve.errors import ModelError
 from edge_serve.model import signatures
 from edge_serve.model.interpreter import load_runtime
-from edge_serve.processing.tensor import quantize
 from edge_serve_converters.alignment import computing, match
+from edge_serve_converters.engine_run import fed
 from edge_serve_converters.errors import ConversionError
+from edge_serve_converters.graph import Tensor
 from edge_serve_converters.quality import MAX_DB, decibels, rounded
-from edge_serve_converters.signature_graph import SignatureGraph, Tensor, read_graph
+from edge_serve_converters.signature_graph import SignatureGraph, read_graph
 from edge_serve_converters.store import Array
 
 BINS = 32
@@ -31,7 +32,7 @@ _MAX_CHANNELS = 2**14
 # A channel whose power is this far below the strongest is dead: what an 8-bit tensor makes of it concerns nobody.
 _DEAD = 1e-10
 # Largest and smallest integer of the types that activations are quantized to.
-_LIMITS = {"INT8": (-128, 127), "UINT8": (0, 255), "INT16": (-32768, 32767)}
+_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767)}
 # Noise where the float file has next to nothing but zeros: bad, but no reason for figures of thirty digits.
 WORST_RATIO = 1e6
 INPUT = "INPUT"
@@ -72,24 +73,9 @@ class Layer:
     """Places in the list of layers of those that this one's values come from."""
 
     def to_json(self) -> dict[str, Any]:
-        """Give the figures for report.json."""
-        return {
-            "index": self.index,
-            "operator": self.operator,
-            "name": self.name,
-            "sqnr_db": self.sqnr_db,
-            "channel_sqnr_db": self.channel_sqnr_db,
-            "cosine": self.cosine,
-            "max_error": self.max_error,
-            "range": list(self.range),
-            "quantized_range": None if self.quantized_range is None else list(self.quantized_range),
-            "saturated": self.saturated,
-            "broken": self.broken,
-            "local_error": self.local_error,
-            "channel_error": self.channel_error,
-            "histogram": list(self.histogram),
-            "inputs": list(self.inputs),
-        }
+        """Give the figures for report.json: its keys are the fields."""
+        figures = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in figures.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layer:
@@ -158,20 +144,18 @@ class _Model:
             raise ConversionError(f"layers cannot be compared: {path.name} cannot be loaded ({error})") from error
 
     def run(self, inputs: Mapping[str, Array], number: int) -> None:
-        given = {
-            name: (index, np.ascontiguousarray(quantize(np.asarray(inputs[name][number]), spec)))
-            for name, (index, spec) in self.binding.inputs.items()
-        }
+        given = fed(inputs, number, {name: spec for name, (_, spec) in self.binding.inputs.items()})
         try:
             if self.binding.runner is not None:
-                self.binding.runner(**{name: values for name, (_, values) in given.items()})
+                self.binding.runner(**given)
                 return
-            for index, values in given.values():
-                if tuple(self.interpreter.get_tensor(index).shape) != values.shape:
-                    self.interpreter.resize_tensor_input(index, values.shape)
+            indices = {name: index for name, (index, _) in self.binding.inputs.items()}
+            for name, values in given.items():
+                if tuple(self.interpreter.get_tensor(indices[name]).shape) != values.shape:
+                    self.interpreter.resize_tensor_input(indices[name], values.shape)
                     self.interpreter.allocate_tensors()
-            for index, values in given.values():
-                self.interpreter.set_tensor(index, values)
+            for name, values in given.items():
+                self.interpreter.set_tensor(indices[name], values)
             self.interpreter.invoke()
         except (ValueError, RuntimeError) as error:
             raise ConversionError(f"layers cannot be compared: {self.path.name} fails ({error})") from error
@@ -182,9 +166,9 @@ class _Model:
             found: Array = self.interpreter.get_tensor(tensor.index, self.graph.subgraph)
         except ValueError:
             return None
-        if tensor.scale is None or tensor.zero_point is None or found.dtype.kind == "f":
+        if tensor.scale is None or found.dtype.kind == "f":
             return found
-        return (found.astype(np.float32) - np.float32(tensor.zero_point)) * np.float32(tensor.scale)
+        return (found.astype(np.float32) - np.float32(tensor.zero_points[0])) * np.float32(tensor.scale)
 
 
 class _Watched:
@@ -275,10 +259,11 @@ class _Watched:
 
 def _quantized_range(tensor: Tensor) -> tuple[float, float, float] | None:
     """Give the smallest and the largest real value of a quantized tensor, and its step."""
-    if tensor.scale is None or tensor.zero_point is None or tensor.dtype not in _LIMITS:
+    if tensor.scale is None or tensor.dtype not in _LIMITS:
         return None
+    zero_point = tensor.zero_points[0]
     low, high = _LIMITS[tensor.dtype]
-    return (low - tensor.zero_point) * tensor.scale, (high - tensor.zero_point) * tensor.scale, tensor.scale
+    return (low - zero_point) * tensor.scale, (high - zero_point) * tensor.scale, tensor.scale
 
 
 def _watched(
@@ -298,13 +283,13 @@ def _watched(
         if name in variant.inputs:
             there = variant.inputs[name]
             theirs = variant.tensors[quantized.get(there, there)]
-            if reference.tensors[index].dtype == "FLOAT32" and _quantized_range(theirs) is not None:
+            if reference.tensors[index].dtype == "float32" and _quantized_range(theirs) is not None:
                 yield _Watched(-1, INPUT, reference.tensors[index], theirs)
     for ours, other in pairs:
         for mine, yours in zip(ours.outputs, other.outputs, strict=False):
             tensor, counterpart = reference.tensors[mine], variant.tensors[yours]
-            real = counterpart.dtype in ("FLOAT32", "FLOAT16") or _quantized_range(counterpart) is not None
-            if tensor.dtype == "FLOAT32" and real and mine in read:
+            real = counterpart.dtype in ("float32", "float16") or _quantized_range(counterpart) is not None
+            if tensor.dtype == "float32" and real and mine in read:
                 yield _Watched(ours.index, ours.name, tensor, counterpart)
 
 

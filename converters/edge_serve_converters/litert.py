@@ -38,13 +38,21 @@ class _Runs:
 class FloatFile:
     """One float .tflite file (as of tflite_source.normalise) and its calibration, which several variants share."""
 
-    def __init__(self, data: bytes, signatures: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, data: bytes) -> None:
         self.data = data
-        self._signatures = signatures
         self._ranges: dict[int, Any] = {}
 
-    def make(self, mode: Mode, io: str, keep_float: Sequence[str], report: Report, *, per_channel_dense: bool) -> bytes:
-        """Quantize; ConversionError says why there is no file."""
+    def make(
+        self,
+        mode: Mode,
+        io: str,
+        keep_float: Sequence[str],
+        samples: Mapping[str, Path],
+        report: Report,
+        *,
+        per_channel_dense: bool,
+    ) -> bytes:
+        """Quantize, calibrated by `samples` (signature → folder, always the same); ConversionError says why there is no file."""
         if mode == "none":
             return self.data
         if io == "uint8":
@@ -52,14 +60,21 @@ class FloatFile:
                 "the quantizer of .tflite files gives int8 or float inputs and outputs; use --io int8"
             )
         try:
-            return self._quantize(mode, io, keep_float, report, per_channel_dense=per_channel_dense)
+            return self._quantize(mode, io, keep_float, samples, report, per_channel_dense=per_channel_dense)
         except ConversionError:
             raise
         except Exception as error:  # the quantizer raises anything on operators that it does not know
             raise UnexplainedError(f"litert-quantizer refuses the model: {first_line(error)}") from error
 
     def _quantize(
-        self, mode: Mode, io: str, keep_float: Sequence[str], report: Report, *, per_channel_dense: bool
+        self,
+        mode: Mode,
+        io: str,
+        keep_float: Sequence[str],
+        samples: Mapping[str, Path],
+        report: Report,
+        *,
+        per_channel_dense: bool,
     ) -> bytes:
         from litert_quantizer import quantizer
 
@@ -68,11 +83,11 @@ class FloatFile:
             made.update_quantization_recipe(regex, operation, config, algorithm)
         ranges = None
         if mode in ("int8", "selective", "int16x8"):
-            ranges = self._calibrate(16 if mode == "int16x8" else 8, report)
+            ranges = self._calibrate(16 if mode == "int16x8" else 8, samples, report)
         report("quantize", 0, 0)
         return bytes(made.quantize(ranges, enable_progress_report=False).quantized_model)
 
-    def _calibrate(self, bits: int, report: Report) -> Any:
+    def _calibrate(self, bits: int, samples: Mapping[str, Path], report: Report) -> Any:
         """Give the range of every tensor, the smallest and the largest value over all samples."""
         if bits not in self._ranges:
             from litert_quantizer import calibrator, recipe, recipe_manager
@@ -80,7 +95,7 @@ class FloatFile:
 
             manager = recipe_manager.RecipeManager()
             manager.load_quantization_recipe(recipe.static_wi8_ai8() if bits == 8 else recipe.static_wi8_ai16())
-            loaded = {entry["key"]: store.load(Path(entry["calibration"])) for entry in self._signatures}
+            loaded = {key: store.load(folder) for key, folder in samples.items()}
             total, counted = sum(store.runs(arrays) for arrays in loaded.values()), [0]
             found = calibrator.Calibrator(bytearray(self.data), num_threads=1, qsv_update_func=qsv_utils.min_max_update)
             found.calibrate({key: _Runs(arrays, report, counted, total) for key, arrays in loaded.items()}, manager)

@@ -90,6 +90,7 @@ def _variant(made: Made) -> dict[str, Any]:
         "latency_ms": made.default.latency_ms,
         "compatibility": made.compatibility,
         "layers": [layer.to_json() for layer in made.layers],
+        "layers_on": made.layers_on,
         "first_bad_layer": None,
         "kept_float": list(made.kept_float),
     }
@@ -117,7 +118,7 @@ def recipe(
         "allow_float_operators": request.allow_float_operators,
         "gates": {
             name: value
-            for name in ("max_drop", "min_agreement", "min_cosine")
+            for name in ("max_drop", "min_agreement", "min_cosine", "min_sqnr_db")
             if (value := getattr(request, name)) is not None
         },
         "input": compact(request.input),

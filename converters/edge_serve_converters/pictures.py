@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from edge_serve_converters.source import Layout, Source, folder_names, only_inpu
 from edge_serve_converters.store import Array, Arrays
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+# What else people keep pictures in; the device reads none of it.
+OTHERS = frozenset({".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 class PictureSource(Source):
@@ -28,6 +32,14 @@ class PictureSource(Source):
         super().__init__(path, spec)
         self._files = files
         self._digest = hashlib.sha256()
+        left_out = _others(path)
+        if left_out:
+            count = sum(left_out.values())
+            kinds = ", ".join(f"{number} {suffix}" for suffix, number in left_out.most_common())
+            self.notes.append(
+                f"{path}: {count} other picture file{'s were' if count > 1 else ' was'} left out ({kinds}); "
+                "only JPEG and PNG are read, as on the device: convert them to use them, too"
+            )
 
     @property
     def units(self) -> int:
@@ -61,6 +73,16 @@ class PictureSource(Source):
     def fingerprint(self) -> str:
         """Hash the names and bytes of the pictures that were drawn, in their order."""
         return self._digest.hexdigest()
+
+
+def _others(path: Path) -> Counter[str]:
+    """Count the pictures of other formats under a folder, by suffix; hidden files and folders are none."""
+    found: Counter[str] = Counter()
+    for _, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        suffixes = (Path(name).suffix.lower() for name in names if not name.startswith("."))
+        found.update(suffix for suffix in suffixes if suffix in OTHERS)
+    return found
 
 
 def image_processor(spec: InputSpec, entry: InputPlan) -> ImageProcessor:

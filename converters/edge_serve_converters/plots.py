@@ -14,8 +14,8 @@ from edge_serve_converters.report_markup import escape
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 66, 20, 18, 52
-# Average advance of a character of the page's 13 px sans-serif: what label placement reckons with.
-CHARACTER = 7.0
+# Advance of a character of the page's 13 px sans-serif in bold, in a wide font: what label placement reckons with.
+CHARACTER = 8.6
 LINE = 16.0
 COLOURS = 8
 # More points than this along one line are drawn as the worst of each stretch; no screen shows more.
@@ -62,19 +62,17 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def step_of(low: float, high: float, most: int) -> float:
-    """Give the smallest of 1, 2, 5 × 10^n that cuts the range into at most `most` parts."""
+def step_of(low: float, high: float, most: int, *, whole: bool = False) -> float:
+    """Give the smallest of 1, 2, 5 × 10^n that cuts the range into at most `most` parts; `whole`: at least 1."""
     exponent = math.floor(math.log10((high - low) / most))
-    for factor in (1, 2, 5, 10, 20):
-        step: float = factor * 10.0**exponent
-        if (high - low) / step <= most + 1e-9:
-            return step
-    return 50 * 10.0**exponent
+    steps = (factor * 10.0**exponent for factor in (1, 2, 5, 10, 20))
+    step = next((step for step in steps if (high - low) / step <= most + 1e-9), 50 * 10.0**exponent)
+    return max(1.0, step) if whole else step
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Give round numbers from low to high, at most most + 1 of them."""
-    step = step_of(low, high, most)
+def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> list[float]:
+    """Give round numbers from low to high, at most most + 1 of them; `whole` keeps fractions out."""
+    step = step_of(low, high, most, whole=whole)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -270,13 +268,13 @@ def _frame(x: Scale, y: Scale, x_label: str, y_label: str, *, whole: bool = Fals
         at = y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick_text(value, y_step)}</text>')
-    x_step = step_of(x.low, x.high, 8)
-    for value in ticks(x.low, x.high, 8):
-        if whole and value != round(value):
-            continue
+    x_step = step_of(x.low, x.high, 8, whole=whole)
+    for value in ticks(x.low, x.high, 8, whole=whole):
         at = x(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {bottom:.1f}v5"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{tick_text(value, x_step)}</text>')
+        text = tick_text(value, x_step)
+        middle = min(at, WIDTH - len(text) * CHARACTER / 2)  # the last one may be wider than the margin
+        parts.append(f'<text x="{middle:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{text}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {top:.1f}V{bottom:.1f}H{WIDTH - RIGHT}"/>')
     parts.append(
         f'<text class="title" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{bottom + 42:.1f}" text-anchor="middle">{escape(x_label)}</text>'
@@ -324,22 +322,32 @@ _Box = tuple[float, float, float, float]
 
 
 def _labels(labels: Sequence[str], places: Sequence[tuple[float, float]]) -> list[str]:
-    """Put each label right, left, above or below its point, where it covers no point and no other label."""
-    taken: list[_Box] = [(x - 8, y - 8, x + 8, y + 8) for x, y in places]
+    """Put each label right, left, above or below its point, where it covers no point and no other label.
+
+    The width of a text is only known to the browser: each is anchored at the end that lies at its point, so that what is
+    reckoned wrong grows away from it.
+    """
+    taken: list[_Box] = [(x - 10, y - 10, x + 10, y + 10) for x, y in places]
     parts = []
     for label, (x, y) in zip(labels, places, strict=True):
         text = label if len(label) <= 28 else label[:27] + "…"
         width = len(text) * CHARACTER
-        candidates = [(x + 11, y + 4), (x - 11 - width, y + 4), (x - width / 2, y - 12), (x - width / 2, y + 22)]
+        candidates = [(x + 13, y + 4, "start"), (x - 13, y + 4, "end"), (x, y - 14, "middle"), (x, y + 24, "middle")]
+        near = len(candidates)
         # A crowd of equal points: further down and up, one line after another.
-        candidates += [(x + 11, y + 4 + sign * LINE * turn) for turn in range(1, 12) for sign in (1, -1)]
-        candidates += [(x - 11 - width, y + 4 + sign * LINE * turn) for turn in range(1, 12) for sign in (1, -1)]
-        for left, base in candidates:
+        for anchor, at in (("start", x + 13), ("end", x - 13)):
+            candidates += [(at, y + 4 + sign * LINE * turn, anchor) for turn in range(1, 12) for sign in (1, -1)]
+        for place, (at, base, anchor) in enumerate(candidates):
+            left = at - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
             box = (left - 2, base - 11, left + width + 2, base + 3)
             inside = box[0] >= LEFT and box[2] <= WIDTH - 2 and box[1] >= 2 and box[3] <= HEIGHT - BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                parts.append(f'<text class="label" x="{left:.1f}" y="{base:.1f}">{escape(text)}</text>')
+                if place >= near:
+                    edge = at - 2 if anchor == "start" else at + 2
+                    parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{edge:.1f} {base - 4:.1f}"/>')
+                end = "" if anchor == "start" else f' text-anchor="{anchor}"'
+                parts.append(f'<text class="label" x="{at:.1f}" y="{base:.1f}"{end}>{escape(text)}</text>')
                 break
     return parts
 

@@ -56,7 +56,7 @@ def prepare(
 
     UsageError if the model cannot be loaded or converted as it is, or the data does not fit it.
     """
-    what = str(request.model)
+    what = str(request.model.resolve())
     described = session.call(what, "describe", report)
     plans = make_plan(described["signatures"], request, source.hint if source is not None else lambda *_: None)
     meaning.check_input(request.input, plans[0])

@@ -163,9 +163,9 @@ def failed(outcome: Outcome) -> str:
     asked = len(outcome.made) + len(outcome.failures)
     missing = "it" if len(outcome.failures) == 1 else "them"
     written = (
-        f"the bundle {outcome.bundle} was written without {missing}"
+        f"the bundle {outcome.bundle} was written without {missing}, its default variant is {outcome.made[0].name}"
         if outcome.bundle is not None
-        else "nothing was written"
+        else "nothing was written (--report FILE.html shows it layer by layer)"
     )
     reasons = "\n".join(f"  {failure.reason}" for failure in outcome.failures)
     return f"{len(outcome.failures)} of {asked} variants failed, {written}:\n{reasons}"

@@ -1,4 +1,4 @@
-"""How far a variant is from the SavedModel: errors, SQNR, cosine and agreement on the same inputs, and values that are no numbers.
+"""How far a variant is from the source model: errors, SQNR, cosine and agreement on the same inputs, and values that are no numbers.
 
 Outputs may be gigabytes (segmentation): they are read from disk in pieces, so that the figures need a few megabytes of memory.
 """
@@ -47,7 +47,7 @@ def decibels(signal: float, noise: float) -> float:
 def compare(
     reference: Mapping[str, Array], actual: Mapping[str, Array], scores: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Compare outputs [runs, *shape] by name; values that the SavedModel itself does not give as numbers are left out.
+    """Compare outputs [runs, *shape] by name; values that the source model itself does not give as numbers are left out.
 
     Per output, with the error as actual - reference:
 
@@ -229,7 +229,7 @@ def _equal(reference: Array, actual: Array) -> dict[str, Any]:
 def broken_values(
     reference: Mapping[str, Array], actual: Mapping[str, Array], runs: Sequence[str] | None = None
 ) -> list[str]:
-    """Say where a variant gives NaN or infinity and the SavedModel a number; `runs` names the inputs."""
+    """Say where a variant gives NaN or infinity and the source model a number; `runs` names the inputs."""
     found = []
     for name, wanted in reference.items():
         given = actual[name]
@@ -252,7 +252,7 @@ def broken_values(
                 if runs is not None
                 else f"on {int(wrong.sum())} of {len(wrong)} samples"
             )
-            found.append(f"output {name!r} is {value} {where}, where the SavedModel gives numbers")
+            found.append(f"output {name!r} is {value} {where}, where the source model gives numbers")
     return found
 
 
@@ -272,6 +272,6 @@ def tolerance(
             np.nan_to_num(np.abs(other_kernels[name].astype(np.float64) - wide), posinf=0.0).max(initial=0.0)
         )
         step = steps.get(name)
-        least = 2 * step if step is not None else 1e-3 * largest + 1e-6
+        least = max(2 * step if step is not None else 0.0, 1e-3 * largest + 1e-6)
         allowed[name] = rounded(max(2 * measured, least))
     return allowed

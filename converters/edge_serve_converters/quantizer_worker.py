@@ -74,13 +74,13 @@ def _float_file(command: dict[str, Any]) -> FloatFile:
         shapes = {
             tensor["name"]: tuple(tensor["shape"]) for entry in command["signatures"] for tensor in entry["inputs"]
         }
-        _files[path] = FloatFile(tflite_source.normalise(tflite_source.read(Path(path)), shapes), command["signatures"])
+        _files[path] = FloatFile(tflite_source.normalise(tflite_source.read(Path(path)), shapes))
     return _files[path]
 
 
 def reference(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
     """Write what the source gives: {…, "signatures": [{"key", "inputs", "data": [[inputs, outputs], …]}]}."""
-    from edge_serve_converters.device import run_engine
+    from edge_serve_converters.engine_run import run_engine
 
     target = Path(command["work"]) / "reference.tflite"
     target.write_bytes(_float_file(command).data)
@@ -109,8 +109,9 @@ def convert(command: dict[str, Any], report: channel.Report) -> dict[str, Any]:
     if job["mode"] == "none":
         data = _as_it_is(command, source)
     else:
+        samples = {entry["key"]: Path(entry["calibration"]) for entry in command["signatures"] if entry["calibration"]}
         data = source.make(
-            job["mode"], job["io"], job["keep_float"], report, per_channel_dense=job["per_channel_dense"]
+            job["mode"], job["io"], job["keep_float"], samples, report, per_channel_dense=job["per_channel_dense"]
         )
     Path(command["target"]).write_bytes(data)
     return {}

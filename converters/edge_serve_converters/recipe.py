@@ -61,6 +61,7 @@ class Recipe:
         None, "lowest part of samples with the float model's choice", low=0, high=1, example=0.98
     )
     min_cosine: float | None = option(None, "lowest cosine of any output", low=-1, high=1, example=0.99)
+    min_sqnr: float | None = option(None, "lowest signal to quantization noise of any output, in dB", example=20.0)
     input: InputSpec | None = option(None, "what the input is; keys as under [pipeline.input], and range")
     output: OutputSpec | None = option(None, "what the outputs are; keys as under [pipeline.output]")
 

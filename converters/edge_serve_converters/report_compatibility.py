@@ -122,7 +122,7 @@ def _left(target: str, value: Any) -> str:
     ]
     drawn = table(f"Not expected on the {target}", ("operator", "layer", "rule that fails"), rows, numeric=frozenset())
     more = len(refused) - MOST_REFUSED
-    return drawn + (note(f"{more} more operators are in report.json.") if more > 0 else "")
+    return drawn + (note(f"{more} more operators are in the JSON report.") if more > 0 else "")
 
 
 def _index(entry: Mapping[str, Any]) -> str:

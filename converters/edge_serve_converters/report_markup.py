@@ -10,13 +10,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from edge_serve_converters.quality import MAX_DB
+
 # Longer texts are cut: a page stays a page, whatever a model file has for a name.
 MAX_TEXT = 400
+# What is written for people to read and to copy (reasons, how-tos with commands) keeps its lines.
+MAX_PROSE = 4000
+MAX_PROSE_LINES = 80
 MAX_ROWS = 100
 MOST = 1e150
 # Columns with longer cells (characters of markup) get room and may break within a word, as layer names must.
 LONG_CELL = 36
 ABSENT = "–"
+# What people call the task metrics (task.py).
+TASKS = {"accuracy": "accuracy", "auc": "AUC", "mean_iou": "mean IoU"}
 _ELLIPSIS = "…"
 
 
@@ -72,6 +79,37 @@ def escape(value: Any, limit: int = MAX_TEXT) -> str:
     return html.escape(plain(value, limit), quote=True)
 
 
+def prose(value: Any, limit: int = MAX_PROSE) -> str:
+    """Give a longer text, escaped, with its line breaks and indentation; shown as such where the style is pre-wrap."""
+    return html.escape(plain_lines(value, limit), quote=True)
+
+
+def plain_lines(value: Any, limit: int = MAX_PROSE) -> str:
+    """Give a longer text with its line breaks and indentation, not escaped; all other control characters are taken out."""
+    text = ABSENT if value is None else str(value)
+    lines = text[: limit * 2].splitlines()
+    kept = ["".join(sign if sign.isprintable() else " " for sign in line).rstrip() for line in lines[:MAX_PROSE_LINES]]
+    told = "\n".join(kept).strip()
+    cut = len(lines) > MAX_PROSE_LINES or len(told) > limit
+    return told[: limit - 1] + _ELLIPSIS if cut else told
+
+
+def sentence(text: str) -> str:
+    """Begin a text with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
+def is_exact(value: Any) -> bool:
+    """Tell whether a ratio in decibels stands for "no error at all" (quality.decibels)."""
+    known = number(value)
+    return known is not None and known >= MAX_DB
+
+
+def decibels(value: Any) -> str:
+    """Format a signal to noise ratio; without any noise it is exact."""
+    return "exact" if is_exact(value) else figure(value, ".1f", " dB")
+
+
 def figure(value: Any, form: str = ".3g", unit: str = "") -> str:
     """Format a number, or a dash where there is none."""
     known = number(value)
@@ -118,7 +156,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, n
         lines.append(f"<tr>{''.join(cells)}</tr>")
     lines.append("</tbody></table></div>")
     if left_out > 0:
-        lines.append(note(f"{left_out} more rows are not shown; report.json has them all."))
+        lines.append(note(f"{left_out} more rows are not shown; the JSON report has them all."))
     return "\n".join(lines)
 
 
@@ -129,7 +167,7 @@ def _class(numeric: bool, longest: int) -> str:
 
 def note(text: str) -> str:
     """Give a small remark; the text is escaped."""
-    return f'<p class="note">{escape(text)}</p>'
+    return f'<p class="note">{escape(text, MAX_PROSE)}</p>'
 
 
 def section(identifier: str, title: str, *parts: str) -> str:

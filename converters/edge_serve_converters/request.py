@@ -62,9 +62,12 @@ class Request:
     max_drop: float | None = None
     min_agreement: float | None = None
     min_cosine: float | None = None
+    min_sqnr_db: float | None = None
     input: InputSpec = InputSpec()
     output_spec: OutputSpec = OutputSpec()
     tensorboard: Path | None = None
+    report: Path | None = None
+    """Where the report goes as HTML besides the bundle: also when nothing is written."""
     timeout_s: float = DEFAULT_TIMEOUT_S
     memory_limit_mb: int | None = None
     verbose: bool = False

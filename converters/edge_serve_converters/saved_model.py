@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,79 @@ from edge_serve.errors import UsageError
 from edge_serve_converters import store
 from edge_serve_converters.channel import Report, first_line
 
+# What Keras 2 writes into its files though it says nothing, and Keras 3 refuses to read: layer → argument and the only
+# value that means nothing.
+_KERAS_2_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "GRU": {"time_major": False},
+    "LSTM": {"time_major": False},
+    "RNN": {"time_major": False},
+    "SimpleRNN": {"time_major": False},
+    "DepthwiseConv2D": {"groups": 1},
+}
+
+
+def _without_keras_2_arguments(file: Path, target: Path) -> Path:
+    """Give an HDF5 file whose layers Keras 3 knows: the file itself, or a copy without such arguments at `target`."""
+    import h5py  # type: ignore[import-untyped]  # it comes with tensorflow
+
+    with h5py.File(file) as opened:
+        text = opened.attrs.get("model_config")
+    if text is None:
+        return file  # weights alone; Keras says so
+    config = json.loads(text)
+    if not drop_keras_2_arguments(config):
+        return file
+    shutil.copyfile(file, target)
+    with h5py.File(target, "r+") as opened:
+        opened.attrs["model_config"] = json.dumps(config)
+    return target
+
+
+def drop_keras_2_arguments(config: Any) -> bool:
+    """Drop them in place, from layers inside layers too; say whether there were any."""
+    found = False
+    if isinstance(config, dict):
+        layer, arguments = config.get("class_name"), config.get("config")
+        if isinstance(layer, str) and isinstance(arguments, dict):
+            for name, value in _KERAS_2_ARGUMENTS.get(layer, {}).items():
+                if name in arguments and arguments[name] == value:
+                    del arguments[name]
+                    found = True
+        config = list(config.values())
+    if isinstance(config, list):
+        for entry in config:
+            found |= drop_keras_2_arguments(entry)
+    return found
+
+
+def _keras_version(archive: Path) -> str:
+    """Give the version of Keras that saved an archive, as far as it says."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return str(json.loads(opened.read("metadata.json")).get("keras_version", ""))
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+        return ""  # whoever loads it says what is wrong
+
 
 def export_keras(tf: Any, file: Path, folder: Path) -> str:
     """Load a .keras or .h5 file and export it as a SavedModel into the folder; gives the folder. UsageError says why not.
 
     Nothing of the file is run as code: Keras' safe mode refuses pickled functions (Lambda layers).
     """
+    archive = zipfile.is_zipfile(file)
+    if archive and _keras_version(file).startswith("2."):
+        raise UsageError(
+            f"{file}: was saved by Keras 2, whose .keras archives keras {tf.keras.__version__} cannot read; in a program with "
+            "tf_keras (or TensorFlow up to 2.15) load it and save it as FILE.h5, or give the folder that model.export(FOLDER) makes"
+        )
     try:
-        model = tf.keras.models.load_model(str(file), compile=False)
+        readable = file if archive else _without_keras_2_arguments(file, folder.with_name("model.h5"))
+        model = tf.keras.models.load_model(str(readable), compile=False)
         model.export(str(folder), format="tf_saved_model", verbose=False)
     except Exception as error:  # damaged files, unknown layers and unsafe ones raise anything
         raise UsageError(
-            f"{file}: keras {tf.keras.__version__} cannot load this model ({first_line(error)}); it must hold the whole model "
-            "(model.save, not save_weights) without layers of your own or lambdas. Else load it in your program and give the "
+            f"{file}: keras {tf.keras.__version__} cannot load this model ({first_line(error)}); it must be undamaged "
+            "and whole (model.save, not save_weights), without layers of your own or lambdas. Else load it in your program and give the "
             "folder that model.export(FOLDER) makes"
         ) from error
     return str(folder)

@@ -24,6 +24,8 @@ DELIMITERS = ",;\t"
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 # 1 GiB of float32; whoever has more recordings than that has them in a binary format.
 MAX_VALUES = 2**28
+# Columns that a message proposes by name.
+MOST_NAMED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +161,10 @@ def _parse(path: Path, lines: Iterator[tuple[int, list[str]]], channels: tuple[s
         for column in chosen:
             value = _number(line[column])
             if value is None or not abs(value) <= FLOAT32_MAX:
-                raise UsageError(
-                    f"{path}, line {number}, column {names[column]!r}: {line[column]!r} is no finite number; leave the row out"
-                )
+                where = f"{path}, line {number}, column {names[column]!r}: {line[column]!r}"
+                if value is None and header and count == 0:  # not one bad row, but a column of something else
+                    raise UsageError(f"{where} is text; {_numeric(names, line, label)}")
+                raise UsageError(f"{where} is no finite number; leave the row out")
             values.append(value)
         if label is not None:
             labels.append(line[label].strip())
@@ -172,6 +175,13 @@ def _parse(path: Path, lines: Iterator[tuple[int, list[str]]], channels: tuple[s
         raise UsageError(f"{path}: has a header and no rows; calibration needs rows of numbers")
     rows = np.frombuffer(values, np.float32).reshape(count, len(chosen))
     return _Table(rows, names[label] if label is not None else None, labels)
+
+
+def _numeric(names: list[str], line: list[str], label: int | None) -> str:
+    """Say how the columns that are numbers are chosen, by their names if they are few."""
+    found = [name for place, name in enumerate(names) if _number(line[place]) is not None and place != label]
+    shown = ",".join(found) if 0 < len(found) <= MOST_NAMED else "a,b,…"
+    return f"choose the columns that are the samples by their names in the header: --channels {shown}"
 
 
 def _again(first: tuple[int, list[str]], rest: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:

@@ -36,7 +36,8 @@ def task_figures(
     All arrays begin with [runs, batch]; a batch of 1 may be missing in the truth. What fits what:
 
     - truth [runs, batch], whole numbers, one class for each sample: *accuracy* of an output [runs, batch, classes]
-      (highest score), of one [runs, batch, 1] or [runs, batch] of probabilities (true from 0.5 on), or of whole
+      (highest score), of one [runs, batch, 1] or [runs, batch] of probabilities (true from 0.5 on) or, if `metric` asks for
+      accuracy, logits (true from 0 on), or of whole
       numbers [runs, batch] (classes).
     - truth [runs, batch] of zeros and ones: *auc* of an output [runs, batch, 1] or [runs, batch] that is no probability,
       of the second of two classes if `metric` asks for it, or of the reconstruction error mean((output - input)²) of an
@@ -84,12 +85,17 @@ def task_figures(
 def doubt(figures: Mapping[str, Any]) -> str | None:
     """Say so if the float model itself does no better than chance: then the labels, not the variant, are in question."""
     chance = figures.get("chance")
-    if chance is None or figures["float"] > chance or figures["float"] == 1:
+    if chance is None or figures["float"] == 1:
+        return None
+    # Two standard errors of a coin with that chance: so far luck alone reaches on so many samples.
+    luck = 2 * math.sqrt(chance * (1 - chance) / figures["samples"])
+    if figures["float"] > chance + luck:
         return None
     figure = f"{figures['metric']} of {figures['float']:.3f} on output {figures['output']!r}"
     return (
-        f"the SavedModel itself has an {figure}, no better than chance ({chance:.3f}): "
-        "the labels may not belong to these samples, or be in another order than the model's classes"
+        f"the source model itself has an {figure}, no better than luck on {figures['samples']} samples (chance is {chance:.3f}): "
+        "the labels may not belong to these samples, or be in another order than the model's classes, or the samples may be "
+        "scaled otherwise than in training"
     )
 
 
@@ -126,7 +132,7 @@ def _fits(labels: Array, inputs: Mapping[str, Array], output: Array, metric: Met
         elif largest < classes and classes > 1:
             found = "auc" if metric == "auc" and classes == 2 else "accuracy"
         elif classes == 1 and largest <= 1:
-            found = "auc" if metric == "auc" or not _probabilities(output) else "accuracy"
+            found = metric if metric in ("auc", "accuracy") else "accuracy" if _probabilities(output) else "auc"
     elif output.ndim in (4, 5) and labels.shape in (output.shape[:4], _without_batch(output.shape[:4])):
         classes = output.shape[4] if output.ndim == 5 else 1
         whole = output.dtype.kind in "iu" and output.ndim == 4
@@ -187,7 +193,7 @@ def _accuracy(labels: Array, output: Array) -> Measured:
     if output.dtype.kind in "iu" and output.size == len(truth):
         chosen = output.ravel()
     elif output.size == len(truth):
-        chosen = (output.ravel() >= 0.5).astype(np.int64)
+        chosen = (output.ravel() >= (0.5 if _probabilities(output) else 0.0)).astype(np.int64)
     else:
         chosen = output.argmax(axis=-1).ravel()
     commonest = np.unique(truth, return_counts=True)[1].max()

@@ -1,36 +1,42 @@
 """A report as TensorBoard summaries, written without tensorflow: scalars, histograms, texts and hyperparameters.
 
-An event file is a row of TFRecords (length, masked CRC32C of it, data, masked CRC32C of them), each an `Event` protocol
-buffer; the first says `brain.Event:2`. Messages and field numbers: tensorboard/compat/proto event.proto, summary.proto,
-tensor.proto, tensorboard/plugins/hparams/plugin_data.proto. Histograms are tensors [bins, 3] of left edge, right edge,
-count, as the histogram plugin's second version takes them.
+An event file is a row of TFRecords, each an `Event` protocol buffer; the first says `brain.Event:2`. Messages and field
+numbers: tensorboard/compat/proto event.proto, summary.proto, tensorboard/plugins/hparams/plugin_data.proto.
+Histograms are tensors [bins, 3] of left edge, right edge, count, as the histogram plugin's second version takes them.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from edge_serve.errors import UsageError
-from edge_serve_converters.report_markup import entries, interval, mapping, number, numbers, plain
+from edge_serve_converters.protobuf import bytes_field, double_field, integer_field, text_field
+from edge_serve_converters.record_framing import framed
+from edge_serve_converters.report_markup import (
+    entries,
+    interval,
+    is_exact,
+    mapping,
+    number,
+    numbers,
+    plain,
+    plain_lines,
+)
+from edge_serve_converters.tensor_proto import of_array, of_text
 
 FILE_VERSION = b"brain.Event:2"
-# CRC-32C (Castagnoli), reflected; the mask is TFRecord's own (tensorflow/core/lib/hash/crc32c.h).
-_POLYNOMIAL = 0x82F63B78
-_MASK_DELTA = 0xA282EAD8
 # TensorBoard keeps some hundred histograms at most; a large model's later layers are left out of them, never of the scalars.
 MOST_HISTOGRAMS = 300
 MOST_LAYERS = 20_000
 MOST_STEPS = 2**31 - 1
 MAX_TAG = 160
 MAX_FOLDER = 80
-# Enum tensorflow.DataType.
-_FLOAT, _DOUBLE, _STRING = 1, 2, 7
 # Enum tensorboard.DataClass.
 _SCALARS, _TENSORS = 1, 2
 _SUCCESS = 1
@@ -104,16 +110,19 @@ def _write_whole(run: _Run, document: Mapping[str, Any]) -> None:
             number(mapping(entry.get("latency_ms")).get("p50")),
         )
         cells = [_cell(entry.get("name")), _cell(entry.get("quantization"))]
-        rows.append(f"| {' | '.join(cells + ['' if f is None else f'{f:.6g}' for f in figures])} |")
+        cells += ["" if value is None else f"{value:.6g}" for value in figures]
+        if is_exact(quality.get("sqnr_db")):
+            cells[4] = "exact"
+        rows.append(f"| {' | '.join(cells)} |")
     run.text("variants", "\n".join(rows))
     failed = [
-        f"- **{_cell(entry.get('name'))}**: {_cell(entry.get('reason'))}" for entry in entries(document.get("failed"))
+        f"- **{_cell(entry.get('name'))}**: {_item(entry.get('reason'))}" for entry in entries(document.get("failed"))
     ]
     if failed:
         run.text("refused", "\n".join(failed))
     warnings = document.get("warnings")
     if isinstance(warnings, list | tuple) and warnings:
-        run.text("warnings", "\n".join(f"- {_cell(text)}" for text in warnings[:100]))
+        run.text("warnings", "\n".join(f"- {_item(text)}" for text in warnings[:100]))
     for name, value in mapping(mapping(document.get("calibration")).get("inputs")).items():
         histogram = mapping(mapping(value).get("histogram"))
         run.histogram(f"calibration/{plain(name)}", numbers(histogram.get("edges")), numbers(histogram.get("counts")))
@@ -122,6 +131,11 @@ def _write_whole(run: _Run, document: Mapping[str, Any]) -> None:
 def _cell(value: Any) -> str:
     """Give a text that breaks no row of a Markdown table; TensorBoard itself takes the HTML out."""
     return plain(value).replace("|", "\\|").replace("`", "'")
+
+
+def _item(value: Any) -> str:
+    """Give a longer text within a Markdown list, its lines kept: they may be commands to copy."""
+    return plain_lines(value).replace("|", "\\|").replace("`", "'").replace("\n", "  \n  ")
 
 
 def _write_variant(run: _Run, entry: Mapping[str, Any], now: float) -> None:
@@ -144,7 +158,7 @@ def _write_variant(run: _Run, entry: Mapping[str, Any], now: float) -> None:
     for key in ("p50", "p90", "min"):
         run.scalar(f"latency_ms/{key}", latency.get(key))
     if entry.get("reason") is not None:
-        run.text("refused", _cell(entry["reason"]))
+        run.text("refused", _item(entry["reason"]))
     for place, layer in enumerate(entries(entry.get("layers"))[:MOST_LAYERS]):
         index = number(layer.get("index"))
         step = int(min(max(0, place if index is None else index), MOST_STEPS))
@@ -169,7 +183,7 @@ class _Run:
 
     def __enter__(self) -> _Run:
         self._stream: BinaryIO = self._path.open("xb")
-        self._record(_double(1, self._now) + _bytes(3, FILE_VERSION))
+        self._record(double_field(1, self._now) + bytes_field(3, FILE_VERSION))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -179,99 +193,38 @@ class _Run:
         """Add a number; None and what is no finite number are left out."""
         known = number(value)
         if known is not None and abs(known) <= 3.4e38:
-            content = struct.pack("<f", known)
-            self._value(tag, "scalars", _SCALARS, _tensor(_FLOAT, (), _bytes(4, content)), step)
+            self._value(tag, "scalars", _SCALARS, of_array(np.array(known, np.float32)), step)
 
     def histogram(self, tag: str, edges: Sequence[float], counts: Sequence[float]) -> None:
         """Add a histogram; edges has one entry more than counts, else it is left out."""
         if not counts or len(edges) != len(counts) + 1:
             return
-        content = b"".join(
-            struct.pack("<3d", edges[place], edges[place + 1], count) for place, count in enumerate(counts)
-        )
-        self._value(tag, "histograms", _TENSORS, _tensor(_DOUBLE, (len(counts), 3), _bytes(4, content)), 0)
+        bins = np.array([edges[:-1], edges[1:], counts], np.float64).T
+        self._value(tag, "histograms", _TENSORS, of_array(bins), 0)
 
     def text(self, tag: str, markdown: str) -> None:
         """Add a text in Markdown."""
-        self._value(tag, "text", _TENSORS, _tensor(_STRING, (), _bytes(8, markdown.encode())), 0)
+        self._value(tag, "text", _TENSORS, of_text(markdown), 0)
 
     def hyperparameters(self, values: Mapping[str, str], group: str, now: float) -> None:
         """Say what this run was made with, so that the HParams page compares the runs' scalars by it."""
         pairs = b"".join(
-            _bytes(1, _bytes(1, key.encode()) + _bytes(2, _bytes(3, text.encode()))) for key, text in values.items()
+            bytes_field(1, text_field(1, key) + bytes_field(2, text_field(3, text))) for key, text in values.items()
         )
-        started = _bytes(3, pairs + _bytes(4, group.encode()) + _double(5, now))
-        ended = _bytes(4, _integer(1, _SUCCESS) + _double(2, now))
-        nothing = _tensor(_FLOAT, (), _bytes(5, struct.pack("<f", 0.0)))
+        started = bytes_field(3, pairs + text_field(4, group) + double_field(5, now))
+        ended = bytes_field(4, integer_field(1, _SUCCESS) + double_field(2, now))
+        nothing = of_array(np.array(0, np.float32))
         for tag, content in (("session_start_info", started), ("session_end_info", ended)):
             self._value(f"_hparams_/{tag}", "hparams", 0, nothing, 0, content)
 
     def _value(self, tag: str, plugin: str, data_class: int, tensor: bytes, step: int, content: bytes = b"") -> None:
         tag = tag[:MAX_TAG]
-        value = _bytes(1, tag.encode()) + _bytes(8, tensor)
+        value = text_field(1, tag) + bytes_field(8, tensor)
         if tag not in self._described:  # the first value of a tag says which plugin shows it
             self._described.add(tag)
-            metadata = _bytes(1, _bytes(1, plugin.encode()) + (_bytes(2, content) if content else b""))
-            value += _bytes(9, metadata + (_integer(4, data_class) if data_class else b""))
-        self._record(_double(1, self._now) + _integer(2, step) + _bytes(5, _bytes(1, value)))
+            metadata = bytes_field(1, text_field(1, plugin) + (bytes_field(2, content) if content else b""))
+            value += bytes_field(9, metadata + (integer_field(4, data_class) if data_class else b""))
+        self._record(double_field(1, self._now) + integer_field(2, step) + bytes_field(5, bytes_field(1, value)))
 
     def _record(self, data: bytes) -> None:
         self._stream.write(framed(data))
-
-
-def _tensor(dtype: int, shape: Sequence[int], values: bytes) -> bytes:
-    """Encode a TensorProto; `values` is its encoded field of contents."""
-    dimensions = b"".join(_bytes(2, _integer(1, size)) for size in shape)
-    return _integer(1, dtype) + _bytes(2, dimensions) + values
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _integer(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _double(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 1) + struct.pack("<d", value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def framed(data: bytes) -> bytes:
-    """Give a TFRecord of the data."""
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data))
-
-
-def masked(data: bytes) -> int:
-    """Give the masked CRC-32C: rotated right by 15 bits, plus a constant, so that a CRC over data with CRCs stays sound."""
-    crc = crc32c(data)
-    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
-
-
-def crc32c(data: bytes) -> int:
-    """Give the CRC-32C of the data (RFC 3720, appendix B.4)."""
-    table = _table()
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
-
-
-@cache
-def _table() -> tuple[int, ...]:
-    rows = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (_POLYNOMIAL if value & 1 else 0)
-        rows.append(value)
-    return tuple(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,30 @@ from typing import Any
 import numpy as np
 
 from edge_serve_converters import store
+from edge_serve_converters.calibrated_loops import calibrated_with_loops
 from edge_serve_converters.channel import Report, first_line
 from edge_serve_converters.errors import ConversionError, UnexplainedError
-from edge_serve_converters.flatbuffer import DEVICE_CUSTOM_OPERATORS, Contents, fix_batch, read_contents
+from edge_serve_converters.flatbuffer import FUSED_OPERATORS, Contents, fix_batch, read_contents
+from edge_serve_converters.quantized_moves import quantize_moves
 from edge_serve_converters.request import Io, Mode
 from edge_serve_converters.saved_model import trace
 
 # ConverterError.errors[i].error_code (converter_error_data.proto).
 _NEEDS_FLEX = 1
 _NEEDS_CUSTOM = 2
+# What the converter makes of Keras 2's recurrent layers. Their state lives in the file and is carried from one call into the
+# next, where the SavedModel begins anew; no runtime resets it by itself.
+_KEEP_STATE = frozenset(
+    {
+        "UNIDIRECTIONAL_SEQUENCE_LSTM",
+        "BIDIRECTIONAL_SEQUENCE_LSTM",
+        "UNIDIRECTIONAL_SEQUENCE_RNN",
+        "BIDIRECTIONAL_SEQUENCE_RNN",
+        "LSTM",
+        "RNN",
+        "SVDF",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +65,22 @@ class Converter:
         self._work = work
         self._traced: dict[tuple[bool, bool], str] = {}
         self._calibrated: dict[tuple[bool, bool], bytes] = {}
+        # Set once the graph as it is was seen to lead to no good file.
+        self._freeze = False
 
     def make(self, job: Job, report: Report) -> bytes:
-        """Convert; with the weights frozen if they are lost otherwise. ConversionError says why there is no file."""
-        for freeze in (False, True):
+        """Convert; with the weights frozen if they are lost otherwise, or if operators would keep state between calls.
+
+        ConversionError says why there is no file.
+        """
+        for freeze in self._ways():
             data = self._convert(job, freeze, report)
             contents = read_contents(data)
-            if job.io != "float" and not DEVICE_CUSTOM_OPERATORS.isdisjoint(contents.operators):
+            if job.io != "float" and not FUSED_OPERATORS.isdisjoint(contents.operators):
                 # Calibration has only seen the stand-in of a fused operator: no range fits what the operator really gives.
                 data = self._convert(job, freeze, report, float_outputs=True)
             _refuse(contents)
-            if not contents.weightless:
+            if self._good(contents, freeze):
                 return fix_batch(data) if job.dynamic_batch else data
         raise ConversionError(
             "the converter lost the weights, also with the graph frozen; save the model with model.export() or plain tf.Variables"
@@ -67,14 +88,25 @@ class Converter:
 
     def float_file(self, job: Job, report: Report) -> bytes:
         """Give the float file that layers are compared with: the calibrated one, whose names the int8 files share."""
-        for freeze in (False, True):
+        for freeze in self._ways():
             if self._signatures[0]["calibration"] is not None:
                 data = self._calibrate(job, freeze, report)
             else:
                 data = self._run(self._new_converter(job, freeze, report))
-            if not read_contents(data).weightless:
+            if self._good(read_contents(data), freeze):
                 return fix_batch(data) if job.dynamic_batch else data
         raise ConversionError("the converter lost the weights")
+
+    def _ways(self) -> tuple[bool, ...]:
+        """Say with which values of `freeze` to try."""
+        return (True,) if self._freeze else (False, True)
+
+    def _good(self, contents: Contents, freeze: bool) -> bool:
+        """Say whether a file may be used; if not, all further ones are made of the frozen graph."""
+        # A frozen graph has no composite functions left to make such operators of.
+        good = not contents.weightless and (freeze or _KEEP_STATE.isdisjoint(contents.operators))
+        self._freeze = self._freeze or not good
+        return good
 
     def _convert(self, job: Job, freeze: bool, report: Report, *, float_outputs: bool = False) -> bytes:
         tf = self._tf
@@ -125,7 +157,8 @@ class Converter:
             converter.representative_dataset = lambda: self._samples(report)
             converter.target_spec.supported_ops = [self._tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
             converter._experimental_calibrate_only = True
-            self._calibrated[key] = self._run(converter)
+            with calibrated_with_loops():
+                self._calibrated[key] = self._run(converter)
         return self._calibrated[key]
 
     def _quantize(self, job: Job, calibrated: bytes, report: Report, *, float_outputs: bool) -> bytes:
@@ -141,7 +174,7 @@ class Converter:
                 denylisted_nodes=list(job.keep_float) or None,
                 disable_per_channel_for_dense_layers=not job.per_channel_dense,
             )
-            return bytes(convert.deduplicate_readonly_buffers(data))
+            return quantize_moves(bytes(convert.deduplicate_readonly_buffers(data)), job.keep_float)
         except Exception as error:  # whatever the converter's C++ half raises
             raise explain(error) from error
 
@@ -191,6 +224,23 @@ def explain(error: Exception) -> ConversionError:
     if "TensorListReserve" in str(error):
         return ConversionError(
             "a loop (recurrent layer) over tensors of unknown shape; convert with --batch 1, or export the model with a fixed batch"
+        )
+    ranges = re.search(r"Max and min for dynamic tensors should be recorded.*Failed for tensor (\S+)", str(error))
+    if ranges is not None:
+        what = "a loop (recurrent layer)" if "while" in ranges[1] else "this model's integers"
+        return ConversionError(
+            f"TensorFlow's 16-bit quantizer cannot take {what}: it finds no range for tensor {ranges[1]}; convert to int8, "
+            "dynamic or float16"
+        )
+    sixteen = re.search(r"Quantization to 16x8-bit not yet supported for op: '(\w+)'", str(error))
+    if sixteen is not None:
+        if sixteen[1] in ("QUANTIZE", "DEQUANTIZE"):
+            return ConversionError(
+                "the model was trained for 8 bits (it holds fake quantization) and has no 16-bit form; convert to int8"
+            )
+        return ConversionError(
+            f"there is no 16-bit form of {sixteen[1]}: accept it in float with --allow-float-operators, or convert to int8, "
+            "dynamic or float16"
         )
     messages = [detail.error_message.strip().splitlines()[0] for detail in details if detail.error_message.strip()]
     return UnexplainedError(

@@ -29,10 +29,8 @@ def read(path: Path) -> bytes:
         contents = read_contents(data)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # the schema's reader raises whatever a damaged offset leads to
-        raise UsageError(
-            f"{path}: is damaged or no TFLite file ({type(error).__name__}: {error}); copy it again"
-        ) from error
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot be used: {error}; copy it again") from error
     if contents.custom:
         raise UsageError(
             f"{path}: needs the custom operators {', '.join(contents.custom)}, which device runtimes do not have"

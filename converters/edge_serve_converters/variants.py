@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,14 @@ from edge_serve.spec import InputSpec, OutputSpec
 from edge_serve_converters import blame, compatibility, edgetpu_compiler, gates, selective, store, trial
 from edge_serve_converters.channel import Report
 from edge_serve_converters.child import ChildCrashedError
-from edge_serve_converters.errors import ConversionError, RefusedError
-from edge_serve_converters.flatbuffer import DEVICE_CUSTOM_OPERATORS, Contents, read_contents
+from edge_serve_converters.errors import ConversionError, NothingQuantizedError, RefusedError
+from edge_serve_converters.flatbuffer import FUSED_OPERATORS, Contents, read_contents
 from edge_serve_converters.gates import Gates
 from edge_serve_converters.layers import Layer
 from edge_serve_converters.metadata import write_metadata
 from edge_serve_converters.prepare import Preparation
 from edge_serve_converters.request import Request, Wanted
 from edge_serve_converters.session import Session
-from edge_serve_converters.signature_graph import read_graph
 from edge_serve_converters.trial import Prepared, Seen
 
 _FLOATS = frozenset({"none", "float16", "dynamic"})
@@ -76,6 +76,11 @@ class Made:
         return next(iter(self.seen.values()))
 
     @property
+    def layers_on(self) -> int:
+        """Say on how many samples the layers were compared."""
+        return min(trial.LAYER_RUNS, int(self.quality["samples"])) if self.layers else 0
+
+    @property
     def min_runtime(self) -> str | None:
         """Give the first TensorFlow Lite release that has all operators in their versions; every ai-edge-litert is newer."""
         found: str | None = self.compatibility["min_runtime"]
@@ -120,7 +125,7 @@ class Workshop:
         self._source = source
         self._device = device
         self._work = work
-        self._gates = Gates(request.max_drop, request.min_agreement, request.min_cosine)
+        self._gates = Gates(request.max_drop, request.min_agreement, request.min_cosine, request.min_sqnr_db)
         self._float_file: Path | None = None
         # Set once the calibrator was seen to crash on this model with its batch fixed.
         self._open_batch = False
@@ -139,31 +144,31 @@ class Workshop:
     def _selective(self, wanted: Wanted, report: Report) -> Candidate:
         """Leave the layers float that the person named, and with --auto as many more as the gates ask for, and no more."""
         reference = self._need_float_file(wanted, report)
-        fixed = selective.match(wanted.keep_float, self._layers_of(reference))
-        best = self._try(wanted, fixed, report)
+        named = selective.match(wanted.keep_float, selective.layers_of(reference))
+        best = self._try(wanted, selective.with_loops(reference, named), report)
         if not wanted.auto or self._passes(best):
             return best
+        fixed = best.kept_float
         tried = {frozenset(fixed): best}
 
         def passes(kept: tuple[str, ...]) -> bool:
-            candidate = self._try(wanted, kept, report)
+            if frozenset(kept) in tried:
+                return self._passes(tried[frozenset(kept)])
+            try:
+                candidate = self._try(wanted, selective.with_loops(reference, kept), report)
+            except NothingQuantizedError:
+                return True  # the float model passes by itself: fewer layers may be enough
+            except ConversionError:
+                return False  # with other layers left float there may well be a file
             tried[frozenset(kept)] = candidate
             return self._passes(candidate)
 
         compared = self._compare_layers(best, report, needed=True)
-        ranked = list(dict.fromkeys(layer.name for layer in blame.sensitivity(compared) if layer.name not in fixed))
+        harmful = [layer.name for layer in blame.sensitivity(compared)]
+        # The others may only be kept when all these are: they did no harm that was seen.
+        ranked = [name for name in dict.fromkeys((*harmful, *selective.choices(reference))) if name not in fixed]
         kept = selective.fewest(ranked, passes, fixed)
-        return tried[frozenset(kept)] if kept is not None else best
-
-    def _layers_of(self, file: Path) -> list[selective.Layer]:
-        """List operators and their output tensors, over all signatures that are converted."""
-        found: dict[selective.Layer, None] = {}
-        for entry in self._signatures:
-            graph = read_graph(file, entry.plan.key)
-            names = {tensor.index: tensor.name for tensor in graph.tensors}
-            for operator in graph.operators:
-                found.update(dict.fromkeys((operator.name, names[index]) for index in operator.outputs))
-        return list(found)
+        return tried.get(frozenset(kept), best) if kept is not None else best
 
     def _try(self, wanted: Wanted, kept: tuple[str, ...], report: Report) -> Candidate:
         """Convert, read and run; ConversionError for what no gate need be asked about."""
@@ -171,7 +176,11 @@ class Workshop:
         folder.mkdir()
         file = self._convert(wanted, kept, folder / "model.tflite", report)
         contents = read_contents(file.read_bytes())
-        _check_types(wanted, contents, self._request.allow_float_operators or bool(kept))
+        left = selective.left_float(file, contents.float_operators, kept) if wanted.mode == "selective" else ()
+        if wanted.auto:
+            # What has no integer form is what must stay float, whatever the gates say.
+            kept = (*kept, *(layer for _, layer in left))
+        _check_types(wanted, contents, left, self._request.allow_float_operators or wanted.auto)
         seen, broken = [], None
         for number, entry in enumerate(self._signatures):
             outputs = folder / f"outputs-{number}"
@@ -192,7 +201,7 @@ class Workshop:
             "samples": store.runs(store.load(first.measured)),
         }
         found = []
-        fused = DEVICE_CUSTOM_OPERATORS & set(contents.operators)
+        fused = FUSED_OPERATORS & set(contents.operators)
         if fused and self._source_has_stand_ins:
             # The SavedModel computes a placeholder where the file has the operator: a comparison would mean nothing.
             found.append(
@@ -401,7 +410,7 @@ def _crashed(wanted: Wanted, crash: ChildCrashedError) -> ConversionError:
     return ConversionError(f"{crash} while it converted: a defect of TensorFlow's converter; {advice}", crash.log)
 
 
-def _check_types(wanted: Wanted, contents: Contents, allow_float: bool) -> None:
+def _check_types(wanted: Wanted, contents: Contents, left: Sequence[selective.Layer], allow_float: bool) -> None:
     """Refuse files that are not what their mode says."""
     name, mode = wanted.name, wanted.mode
     if mode == "dynamic" and "INT8" not in contents.constants:
@@ -415,13 +424,20 @@ def _check_types(wanted: Wanted, contents: Contents, allow_float: bool) -> None:
         )
     if mode in _FLOATS:
         return
-    floats = ", ".join(f"{operator} ×{count}" for operator, count in contents.float_operators.items())
+    floats = _counted(contents.float_operators)
     if contents.integer_operators == 0:
-        raise ConversionError(
+        raise NothingQuantizedError(
             f"{name}: nothing in the file was quantized (it computes in float: {floats or 'no operators'}); "
             "convert to none or float16"
         )
-    if contents.float_operators and not allow_float:
+    if wanted.mode == "selective":
+        if left and not allow_float:
+            unasked = Counter(operator for operator, _ in left)
+            raise ConversionError(
+                f"{name}: besides the layers of --keep-float these operators stay float, there is no int8 form of them here: "
+                f"{_counted(unasked)}; name them with --keep-float, too, or let --auto choose"
+            )
+    elif contents.float_operators and not allow_float:
         integers = "int16" if mode == "int16x8" else "int8"
         raise ConversionError(
             f"{name}: these operators stay float, there is no {integers} form of them here: {floats}; replace them in the "
@@ -429,9 +445,13 @@ def _check_types(wanted: Wanted, contents: Contents, allow_float: bool) -> None:
         )
 
 
+def _counted(operators: Mapping[str, int]) -> str:
+    return ", ".join(f"{operator} ×{count}" for operator, count in operators.items())
+
+
 def _check_io(variant: Wanted, contents: Contents, signature: Prepared, seen: Seen) -> None:
     # The outputs of a float operator that was accepted (detection, --allow-float-operators) have nothing to quantize with.
-    float_outputs = bool(contents.float_operators) or not DEVICE_CUSTOM_OPERATORS.isdisjoint(contents.operators)
+    float_outputs = bool(contents.float_operators) or not FUSED_OPERATORS.isdisjoint(contents.operators)
     wanted = [(tensor.name, tensor.dtype, seen.inputs[tensor.name]) for tensor in signature.plan.inputs]
     if not float_outputs:
         wanted += [(name, dtype, seen.outputs[name]) for name, dtype in signature.plan.outputs.items()]

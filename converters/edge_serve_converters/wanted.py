@@ -78,7 +78,6 @@ def for_source(wanted: tuple[Wanted, ...], weights: str) -> tuple[Wanted, ...]:
             f"the file is quantized already ({weights}), and quantizing twice adds the errors up: take it as it is with "
             "--quantize none, or give the float model"
         )
-    names = [variant.name for variant in named]
-    if len(set(names)) < len(names):
-        raise UsageError(f"the file keeps its weights in {weights} already: --quantize none gives that variant")
-    return named
+    # Of a file with float16 weights, none and float16 are one variant: the file as it is.
+    as_it_is = {variant.name for variant in named if variant.mode == "none"}
+    return tuple(variant for variant in named if variant.mode == "none" or variant.name not in as_it_is)

@@ -15,7 +15,7 @@ from edge_serve.errors import UsageError
 from edge_serve.spec import InputSpec
 from edge_serve_converters.calibration import Drawn, Warnings, draw, open_source
 from edge_serve_converters.plan import InputPlan, SignaturePlan
-from edge_serve_converters.tfrecord import masked_crc32c
+from edge_serve_converters.record_framing import framed
 from edge_serve_converters.truth import open_truth
 
 VECTOR = SignaturePlan("serving_default", (InputPlan("x", "float32", (1, 4), True),), {"y": "float32"})
@@ -106,12 +106,6 @@ def example(**features: Any) -> bytes:
                 feature = _length_prefixed(3, _length_prefixed(1, b"".join(map(_varint, array.tolist()))))
         entries += _length_prefixed(1, _length_prefixed(1, name.encode()) + _length_prefixed(2, feature))
     return _length_prefixed(1, entries)
-
-
-def framed(record: bytes) -> bytes:
-    """Give a record as it stands in a TFRecord file."""
-    length = struct.pack("<Q", len(record))
-    return length + struct.pack("<I", masked_crc32c(length)) + record + struct.pack("<I", masked_crc32c(record))
 
 
 def tfrecord(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:

@@ -106,7 +106,7 @@ def test_classes_in_another_order_are_matched_by_their_labels(tmp_path: Path, sa
     ("one", "other", "words"),
     [
         ("linear", "two_by_two", r"inputs differ: A has 'x' \[1, 4\]; B has 'a' \[1, 2\], 'b' \[1, 3\]"),
-        ("linear", "votes", r"inputs have different shapes: 'x' is \[1, 4\] in A and \[1, 3\] in B"),
+        ("linear", "votes", r"inputs have different shapes: 'x' is \[1, 4\] in A and \[1, 3\] in B.*--input-shape"),
         ("votes", "strict", r"outputs differ|cannot be compared"),
     ],
 )
@@ -116,6 +116,43 @@ def test_models_that_take_or_give_other_things_are_refused_with_names_and_shapes
     given = data(tmp_path, x=np.ones((4, 4 if one == "linear" else 3), np.float32))
     with pytest.raises(UsageError, match=words):
         compared(model(one), model(other), given)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_models_that_differ_are_told_apart_whichever_of_them_the_data_fit(tmp_path: Path, width: int) -> None:
+    given = data(tmp_path, x=np.ones((4, width), np.float32))
+    with pytest.raises(UsageError, match=r"'x' is \[1, 4\] in A and \[1, 3\] in B"):
+        compared(model("linear"), model("votes"), given)
+
+
+@pytest.mark.parametrize(("one", "other", "none"), [("pixels", "linear", "B linear"), ("linear", "pixels", "A linear")])
+def test_pictures_for_a_model_that_takes_none_name_both_shapes_and_the_way_out(
+    tmp_path: Path, one: str, other: str, none: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(encoded(noise(20, 20, 1), "PNG"))
+    with pytest.raises(UsageError) as caught:
+        compared(model(one), model(other), tmp_path / "pictures")
+    text = str(caught.value)
+    assert f"holds pictures, and {none} takes none" in text
+    assert "'image' [1, 8, 8, 3]" in text
+    assert "'x' [1, 4]" in text
+    assert "Compare models that both take pictures" in text
+    assert "pipeline.input" not in text
+
+
+def test_a_signature_that_must_be_chosen_is_asked_for_by_its_option(samples: Path) -> None:
+    with pytest.raises(UsageError, match=r"has the signatures mean, total .* say which with --signature$"):
+        compared(model("named"), model("named"), samples)
+
+
+def test_columns_of_a_table_are_chosen(tmp_path: Path) -> None:
+    table = tmp_path / "log.csv"
+    lines = [",".join(f"{value:.4f}" for value in row) for row in SAMPLES]
+    table.write_text("a,b,c,d,state\n" + "\n".join(f"{line},idle" for line in lines), encoding="utf-8")
+    with pytest.raises(UsageError, match="--channels a,b,c,d"):
+        compared(model("linear"), model("int8"), table)
+    assert compared(model("linear"), model("int8"), table, channels=("a", "b", "c", "d"))["data"]["samples"] == 30
 
 
 def test_gates_that_fail_are_in_the_document(samples: Path) -> None:
@@ -149,6 +186,10 @@ def test_labels_measure_both_models(tmp_path: Path) -> None:
     task = document["variants"][1]["quality"]["task"]
     assert (task["metric"], task["samples"], task["float"]) == ("accuracy", 30, 0.8)
     assert document["failed"] == []
+    own = document["variants"][0]["quality"]
+    assert list(own) == ["task"]  # the reference has a figure of its own, and no errors against itself
+    assert (own["task"]["variant"], own["task"]["float"]) == (0.8, 0.8)
+    assert "drop" not in own["task"]
 
 
 def test_samples_are_drawn_by_seed_and_no_more_than_asked(samples: Path) -> None:
@@ -209,5 +250,13 @@ def test_nothing_of_it_needs_tensorflow() -> None:
         "import sys; import edge_serve_converters.compare_cli, edge_serve_converters.compare, "
         "edge_serve_converters.compare_device, edge_serve_converters.report_html, edge_serve_converters.tensorboard; "
         "sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_children_that_run_files_do_not_import_what_reads_them() -> None:
+    code = (
+        "import sys; import edge_serve_converters.compare_device, edge_serve_converters.device; "
+        "sys.exit(any(f'edge_serve_converters.{name}' in sys.modules for name in ('layers', 'graph', 'quality')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

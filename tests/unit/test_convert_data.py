@@ -174,6 +174,8 @@ def test_overlapping_windows_that_are_held_back_share_no_row_with_the_others(tmp
         ("1,2,3\n4,5,6\n", "has 3 columns of numbers; input 'x' of shape [1, 4] takes 4"),
         ("1,2,3,4\n1,2,3\n", "line 2: has 3 cells"),
         ("a,b,c,d\n1,2,3,4\n1,2,oops,4\n", "line 3, column 'c': 'oops' is no finite number"),
+        ("a,b,c,d,state\n1,2,3,4,idle\n", "'idle' is text; choose the columns that are the samples"),
+        ("a,b,c,d,state\n1,2,3,4,idle\n", "by their names in the header: --channels a,b,c,d"),
         ("1,2,3,4\n1,2,nan,4\n", "line 2, column '3': 'nan' is no finite number"),
         ("1,2,3,4\n1,2,1e300,4\n", "'1e300' is no finite number"),
     ],
@@ -202,6 +204,18 @@ def test_pictures_are_found_in_folders_and_processed_as_on_the_device(tmp_path: 
     photo = data.calibration["photo"][0, 0]
     assert photo.shape == (6, 8, 3)
     np.testing.assert_allclose(photo[0, 0, 1:], (np.array([100, 200]) / 255 - 0.5) / 0.5, atol=1e-6)
+
+
+def test_pictures_of_other_formats_are_counted_and_not_silently_left_out(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / ".thumbnails").mkdir()
+    for number in range(30):
+        Image.new("RGB", (8, 6), (number, 100, 200)).save(tmp_path / f"{number}.png")
+    assert "other picture" not in warned(tmp_path, PHOTO, InputSpec(kind="image"))
+    for name in ("a.BMP", "b.bmp", "more/c.webp", ".thumbnails/d.bmp", ".e.gif"):
+        (tmp_path / name).write_bytes(b"")
+    told = warned(tmp_path, PHOTO, InputSpec(kind="image"))
+    assert "3 other picture files were left out (2 .bmp, 1 .webp); only JPEG and PNG are read" in told
 
 
 def test_folders_without_pictures_and_damaged_pictures_are_refused(tmp_path: Path) -> None:
@@ -298,6 +312,15 @@ def test_pictures_that_may_be_scaled_otherwise_are_warned_of(tmp_path: Path) -> 
     spec = InputSpec(kind="image", mean=(0.5,), std=(0.5,))
     assert "none is below 0: are they 0..1?" in warned(npz(tmp_path, photo=photos), PHOTO, spec)
     assert "are they scaled otherwise?" in warned(npz(tmp_path, photo=photos * 1.5), PHOTO, InputSpec(kind="image"))
+
+
+def test_pixels_that_are_given_as_a_plain_tensor_are_warned_of(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).uniform(0, 255, (60, 12, 16, 3)).astype(np.float32)
+    signature = SignaturePlan("serving_default", (InputPlan("x", "float32", (1, 12, 16, 3), True),), {"y": "float32"})
+    for factor, said in ((1.0, True), (1 / 255, False)):
+        warnings = Warnings()
+        drawn(npz(tmp_path, x=pixels * np.float32(factor)), signature, spec=InputSpec(kind="tensor"), warnings=warnings)
+        assert any("look like pixels" in text for text in warnings.texts) == said
 
 
 def test_windows_that_are_not_normalized_are_warned_of(tmp_path: Path) -> None:

@@ -160,12 +160,22 @@ def test_a_regression_that_has_become_a_constant_is_refused_whatever_its_offset(
     assert "than a constant would" in refused.text
 
 
+def test_a_stricter_cosine_does_not_switch_the_other_gates_off() -> None:
+    wanted = np.random.default_rng(0).uniform(2.6, 4.4, (40, 1, 1)).astype(np.float32)
+    constant = np.full_like(wanted, wanted.mean())
+    for gates in (Gates(), Gates(min_cosine=0.99999)):
+        refused = check(figures(wanted, constant), gates, "int8")
+        assert gates_of(refused) == ["min_sqnr_db"]
+        assert "--min-sqnr" in refused[0].text
+    assert not check(figures(wanted, constant), Gates(min_sqnr_db=-10.0), "int8")
+
+
 def test_a_persons_cosine_replaces_the_defaults_for_outputs() -> None:
     wanted = signal()
     noisy = wanted + np.random.default_rng(2).standard_normal(wanted.shape).astype(np.float32)
     assert not check(figures(wanted, noisy), Gates(min_cosine=-1.0), "int8")
     assert gates_of(check(figures(wanted, noisy), Gates(min_cosine=0.99), "int8")) == ["min_cosine"]
-    assert gates_of(check(figures(wanted, noisy), Gates(min_sqnr_db=20.0), "int8")) == ["min_sqnr_db"]
+    assert gates_of(check(figures(wanted, noisy), Gates(min_sqnr_db=20.0), "int8")) == ["min_sqnr_db", "min_cosine"]
 
 
 def test_maps_of_classes_are_equal_or_not_and_pictures_are_near() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,51 @@ def test_a_custom_operator_has_its_own_name() -> None:
     assert "edgetpu-custom-op" in {
         operator.name for operator in graph.read((MODELS / "edgetpu.tflite").read_bytes()).operators
     }
+
+
+def test_signatures_name_their_inputs() -> None:
+    found = graph.read((MODELS / "linear.tflite").read_bytes())
+    assert set(found.signatures) == {"serving_default", "total"}
+    total = found.signatures["total"]
+    subgraph = found.subgraphs[total.subgraph]
+    assert [operator.name for operator in subgraph.operators] == ["SUM"]
+    assert {name: subgraph.tensors[index] for name, index in total.inputs.items()} == {"x": subgraph.inputs[0]}
+    assert graph.read((MODELS / "bare.tflite").read_bytes()).signatures == {}
+
+
+def test_one_scale_for_all_values_is_told_from_one_for_each_channel() -> None:
+    dense = Op("FULLY_CONNECTED", [x((1, 3)), weights((8, 3), scales=8), None], [T("y", (1, 8), "float32", scales=0)])
+    found = next(graph.read(build([dense])).operators)
+    assert [tensor.scale for tensor in found.present + found.outputs] == [pytest.approx(0.1), None, None]
+
+
+def test_a_file_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    size = 64 * 2**20
+    dense = Op("FULLY_CONNECTED", [x((1, 1024)), weights((size // 1024, 1024)), None], [T("y", (1, size // 1024))])
+    path = tmp_path / "large.tflite"
+    path.write_bytes(build([dense]))
+    tracemalloc.start()
+    found = graph.read_file(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    held = next(found.operators).present[1]
+    assert (len(held.data), int(held.data[-1])) == (size, 1)
+    assert peak < 2**20
+    (tmp_path / "empty.tflite").touch()
+    with pytest.raises(ValueError, match="empty"):
+        graph.read_file(tmp_path / "empty.tflite")
+
+
+def test_a_signature_of_a_graph_that_is_not_there_is_refused() -> None:
+    from ai_edge_litert import schema_py_generated as schema
+
+    data = bytearray((MODELS / "linear.tflite").read_bytes())
+    model = schema.Model.GetRootAs(data, 0)
+    second = next(entry for entry in map(model.SignatureDefs, range(2)) if entry.SubgraphIndex() == 1)._tab
+    field = second.Pos + second.Offset(12)  # subgraph_index
+    data[field : field + 4] = (7).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="it refers to graph 7 of 2"):
+        graph.read(bytes(data))
 
 
 def test_what_is_no_file_is_refused() -> None:

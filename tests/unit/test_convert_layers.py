@@ -13,8 +13,9 @@ import pytest
 from edge_serve_converters.alignment import match
 from edge_serve_converters.blame import explain, first_bad, sensitivity
 from edge_serve_converters.errors import ConversionError
+from edge_serve_converters.graph import Tensor
 from edge_serve_converters.layers import Comparison, Layer, compare_layers
-from edge_serve_converters.signature_graph import Operator, SignatureGraph, Tensor, read_graph
+from edge_serve_converters.signature_graph import Operator, SignatureGraph, read_graph
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 KEY = "serving_default"
@@ -180,7 +181,8 @@ def graph(*operators: tuple[str, str, list[str]], weights: tuple[str, ...] = ("w
     """A graph of operators (kind, name of the output, names of the inputs) on [1, 4]; "x" is its input."""
     names = ["x", *weights, *(name for _, name, _ in operators)]
     tensors = tuple(
-        Tensor(index, name, "FLOAT32", (1, 4), name in weights, None, None) for index, name in enumerate(names)
+        Tensor(index, name, "float32", (1, 4), (1, 4), 0, None, (), 0, False, name in weights, None)
+        for index, name in enumerate(names)
     )
     made = tuple(
         Operator(index, kind, tuple(names.index(entry) for entry in inputs), (names.index(output),))

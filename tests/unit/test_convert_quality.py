@@ -141,7 +141,7 @@ def test_what_is_no_number_in_the_savedmodel_is_not_compared() -> None:
 def test_nan_where_the_savedmodel_gives_a_number_is_found() -> None:
     names = ("zeros", "small", "large")
     found = quality.broken_values(one([1.0], [2.0], [np.inf]), one([1.0], [np.nan], [np.inf]), names)
-    assert found == ["output 'y' is nan on small, where the SavedModel gives numbers"]
+    assert found == ["output 'y' is nan on small, where the source model gives numbers"]
     assert quality.broken_values(one([np.nan]), one([np.nan])) == []
     assert "on 2 of 3 samples" in quality.broken_values(one([1], [1], [1]), one([np.inf], [1], [-np.inf]))[0]
 
@@ -203,12 +203,11 @@ def test_random_inputs_depend_on_the_seed_alone() -> None:
     assert set(first["i"].ravel().tolist()) == {0, 1}
 
 
-def test_an_int8_file_shows_its_types_and_its_runtime() -> None:
+def test_an_int8_file_shows_its_types() -> None:
     contents = read_contents((MODELS / "motion.tflite").read_bytes())
     assert contents.float_operators == {}
     assert contents.integer_operators == sum(contents.operators.values()) - contents.operators.get("QUANTIZE", 0)
     assert "INT8" in contents.constants
-    assert contents.min_runtime is not None
     assert not contents.weightless
 
 

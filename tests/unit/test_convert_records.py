@@ -15,8 +15,9 @@ from edge_serve.spec import InputSpec
 from edge_serve_converters import example as examples
 from edge_serve_converters.calibration import Warnings, draw, open_source
 from edge_serve_converters.plan import InputPlan, SignaturePlan
-from edge_serve_converters.tfrecord import RecordFile, crc32c
-from tests.unit.calibration_files import PAIR, PHOTO, VECTOR, drawn, example, framed, refused, tfrecord
+from edge_serve_converters.record_framing import framed
+from edge_serve_converters.tfrecord import RecordFile
+from tests.unit.calibration_files import PAIR, PHOTO, VECTOR, drawn, example, refused, tfrecord
 from tests.unit.material import encoded, noise
 
 # Written by TensorFlow 2.21: {"label": int64 [-1, 300], "x": float [1, -2.5, 3, 0.125]}.
@@ -29,31 +30,6 @@ FROM_TENSORFLOW = bytes.fromhex(
 def numbers(count: int) -> list[dict[str, Any]]:
     """Records whose first value is their number."""
     return [{"x": np.array([number, 0.5, number % 7, -1.0])} for number in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("data", "checksum"),
-    [
-        (b"", 0),
-        (b"123456789", 0xE3069283),
-        (bytes(32), 0x8A9136AA),  # this and the next two: RFC 3720, appendix B.4
-        (b"\xff" * 32, 0x62A8AB43),
-        (bytes(range(32)), 0x46DD794E),
-    ],
-)
-def test_the_checksum_is_that_of_the_standard(data: bytes, checksum: int) -> None:
-    assert crc32c(data) == checksum
-
-
-@pytest.mark.parametrize("length", [128, 129, 255, 256, 257, 384, 385, 1000, 16385, 100_003])
-def test_long_data_have_the_checksum_of_one_byte_after_the_other(length: int) -> None:
-    data = np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8).tobytes()
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    assert crc32c(data) == crc ^ 0xFFFFFFFF
 
 
 def test_what_tensorflow_wrote_is_read(tmp_path: Path) -> None:

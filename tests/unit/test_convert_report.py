@@ -182,11 +182,13 @@ def test_a_report_says_what_was_shipped_what_was_refused_and_why() -> None:
         "Conversion: digits, version 3",
         "Quality was measured on 40 held-back samples",
         "✓ Shipped int8 , float16 ; the default is int8",
-        "✕ Refused int16x8 accuracy drops by 9 points",
+        "✕ Refused int16x8 : accuracy drops by 9 points",
         "! Warning only 16 samples",
         "max_drop 0.01 0.09",
         "The error begins at layer block/conv_1",
-        "50 kB 50.0 % 92.5 % (−2.5)",
+        "50 kB 0.9250 (−2.5 points)",
+        "float32 50.0 % 0.25 ms",
+        "xnnpack, 1 thread, 100 runs",
         "✕ tflite-runtime 2.14.0 : FULLY_CONNECTED version 12",
         "3 of 4; the first 2 in one piece, then MEAN",
         "only over space",
@@ -194,6 +196,81 @@ def test_a_report_says_what_was_shipped_what_was_refused_and_why() -> None:
         "ab" * 32,
     ):
         assert words in text
+
+
+HOW_TO = (
+    "there is no compiler here:\n  curl -fsSL key | sudo gpg\n  sudo apt-get update\nThen: convert again" + " x" * 1500
+)
+
+
+def test_a_warning_with_commands_keeps_its_lines_and_is_whole() -> None:
+    page = render(document(warnings=[HOW_TO]))
+    assert HOW_TO in page
+    assert ".prose{white-space:pre-wrap" in page
+    assert '<li class="warn prose"><b>! Warning</b> there is no compiler' in page
+    assert render(document(warnings=["line\n" * 10_000])).count("line\n") <= report_markup.MAX_PROSE_LINES
+    assert len(report_markup.prose("w" * 100_000)) == report_markup.MAX_PROSE
+    assert report_markup.prose("a\x1b[31m\u202eb\n<i>") == "a [31m b\n&lt;i&gt;"
+
+
+def test_a_refused_file_is_named_once_and_where_its_error_begins_is_said_once() -> None:
+    gate = {"gate": "min_cosine", "limit": 0.95, "value": 0.1, "text": "output 'y' points another way"}
+    refused = {
+        **document()["failed"][0],
+        "name": "int8",
+        "reason": "int8: output 'y' points another way. the error begins at layer 1 (CONV_2D), block/conv_1: noise",
+        "gates": [gate],
+    }
+    text = read(render(document(variants=[], failed=[refused], warnings=[]))).text
+    assert "✕ Refused int8 : output 'y' points another way Refused" in text
+    assert "✕ int8 Output 'y' points another way. The error begins at layer 1 (CONV_2D), block/conv_1: noise." in text
+    assert text.count("error begins at") == 1
+    refused["reason"] = "int8: the converter refuses the model"
+    refused["gates"] = []
+    text = read(render(document(variants=[], failed=[refused]))).text
+    assert "✕ Refused int8 : the converter refuses the model" in text
+    assert "✕ int8 The converter refuses the model." in text
+
+
+def test_no_table_of_variants_is_wider_than_a_page() -> None:
+    page = render(document(variants=[variant("dynamic", float_operators={f"OPERATOR_{n}": n for n in range(9)})]))
+    tables = re.findall(r"<table>.*?</table>", page.split('id="plots"')[0], flags=re.DOTALL)
+    assert len([table for table in tables if "<caption>Quality" in table or "<caption>Cost" in table]) == 2
+    assert max(table.count('scope="col"') for table in tables) <= 9
+    assert "OPERATOR_8 × 8" in page
+
+
+def test_no_error_at_all_is_exact_and_no_number() -> None:
+    layers = [{**variant("x")["layers"][n], "sqnr_db": value} for n, value in enumerate((200.0, 35.0, 30.0))]
+    exact = {**variant("x")["quality"], "sqnr_db": 200.0, "task": None, "top1_agreement": None}
+    lossy = {**exact, "sqnr_db": 31.5}
+    page = render(document(variants=[variant("same", quality=exact), variant("int8", quality=lossy, layers=layers)]))
+    assert "200.0 dB" not in page
+    assert '<td class="n">exact</td>' in page
+    assert "No point: same, which is exact (no error)." in page
+    assert "1 layer has no error at all, and so no point." in page
+
+
+def test_the_layers_say_what_they_are_measured_on_and_which_variants_have_none() -> None:
+    bare = variant("float32", quantization="none", layers=[])
+    other = variant("int16x8", quantization="int16x8", layers=[])
+    variants = [bare, variant("int8"), other]
+    text = read(render(document(variants=variants, failed=[], layers_on=8))).text
+    assert "Layers were compared on 8 samples only" in text
+    assert "which are of all 40 samples" in text
+    assert "float32 has no line: it is what the others' layers are held against." in text
+    assert "int16x8: layer by layer not compared." in text
+    assert "Layers were compared" not in read(render(document())).text
+    by_name = read(render(document(failed=[], layers_on={"int8": 1, "float16": 4}))).text
+    assert "Layers were compared on 1 to 4 samples only" in by_name
+
+
+def test_a_report_says_where_its_figures_are_as_json() -> None:
+    assert "in the bundle's report.json" in read(render(document())).text
+    for nothing in (document(version=None, variants=[]), document(kind="comparison", version=None)):
+        text = read(render(nothing)).text
+        assert "report.json" not in text
+        assert "the same command with --json prints these figures" in text
 
 
 def test_the_headings_are_linked_and_only_those_that_are_there() -> None:
@@ -214,6 +291,7 @@ def test_random_inputs_are_said_to_say_little() -> None:
 def test_a_comparison_is_no_conversion() -> None:
     text = read(render(document(kind="comparison", name="A int8 and B int8", version=None, default="A int8"))).text
     assert "Comparison: A int8 and B int8" in text
+    assert "may include samples that calibrated one of the models" in text
     assert "✓ Compared" in text
     assert "Shipped" not in text
 
@@ -347,6 +425,31 @@ def test_labels_of_equal_points_do_not_cover_each_other() -> None:
     places = numbers_of(drawing, r'<text class="label" x="([\d.]+)" y="([\d.]+)"')
     assert len(places) == 6
     assert all(abs(one[1] - two[1]) >= 13 or one[0] != two[0] for one in places for two in places if one is not two)
+
+
+def test_labels_keep_off_markers_and_far_ones_are_tied_to_their_point() -> None:
+    crowd = [(57.3, 57.1), (60.4, 57.7), (58.1, 48.4), (57.5, 48.4), (193.0, 142.0)]
+    points = [plots.Point(f"variant{n}", x, y, "", n) for n, (x, y) in enumerate(crowd)]
+    drawing = plots.scatter("p", "t", points, "x", "y")
+    across, upward = zip(*crowd, strict=True)
+    x = plots.Scale(*plots.domain(across, zero=True), plots.LEFT, plots.WIDTH - plots.RIGHT)
+    y = plots.Scale(*plots.domain(upward), plots.HEIGHT - plots.BOTTOM, plots.TOP)
+    found = re.findall(r'<text class="label" x="([\d.]+)" y="([\d.]+)"(?: text-anchor="(\w+)")?>(\w+)<', drawing)
+    assert len(found) == 5
+    for at, base, anchor, text in found:
+        width = 8 * len(text)  # no wider in the widest fonts of browsers
+        left = float(at) - {"": 0, "middle": width / 2, "end": width}[anchor]
+        for a, b in crowd:
+            assert not (left < x(a) + 6 and x(a) - 6 < left + width and abs(float(base) - 4 - y(b)) < 10)
+    crowded = plots.scatter("p", "t", [plots.Point(f"v{n}", 5, 5, "", n) for n in range(6)], "x", "y")
+    assert crowded.count('class="leader"') == 2
+
+
+def test_layers_are_counted_in_whole_numbers() -> None:
+    series = [plots.Line("int8", [(0, 40, "a"), (1, 20, "b"), (2, 10, "c")], 0)]
+    drawing = plots.lines("p", "t", series, "layer", "dB")
+    assert re.findall(r'text-anchor="middle">([\d.]+)</text>', drawing) == ["0", "1", "2"]
+    assert plots.ticks(0, 2, 8, whole=True) == [0, 1, 2]
 
 
 def test_the_first_bad_layer_has_a_ring_around_its_point() -> None:

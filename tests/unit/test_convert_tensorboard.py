@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import struct
 import sys
 import types
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from edge_serve.errors import UsageError
 from edge_serve_converters import tensorboard
+from tests.unit.record_files import records
 
 REFUSED: dict[str, Any] = {"name": "int16x8", "reason": "cosine is low", "quality": {"cosine": 0.5}, "layers": []}
 REPORT: dict[str, Any] = {
@@ -44,33 +44,11 @@ REPORT: dict[str, Any] = {
 }
 
 
-def records(run: Path) -> list[bytes]:
-    """Read a run's records, checking both checksums of each."""
+def events(run: Path) -> list[bytes]:
+    """Read a run's records."""
     (file,) = run.iterdir()
     assert file.name.startswith("events.out.tfevents.")
-    data = file.read_bytes()
-    found = []
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        body = data[12 : 12 + length]
-        assert struct.unpack("<I", data[8:12])[0] == tensorboard.masked(data[:8])
-        assert struct.unpack("<I", data[12 + length : 16 + length])[0] == tensorboard.masked(body)
-        found.append(body)
-        data = data[16 + length :]
-    return found
-
-
-@pytest.mark.parametrize(
-    ("data", "crc"),
-    [  # RFC 3720, appendix B.4
-        (bytes(32), 0x8A9136AA),
-        (b"\xff" * 32, 0x62A8AB43),
-        (bytes(range(32)), 0x46DD794E),
-        (b"", 0),
-    ],
-)
-def test_checksums_are_those_of_the_standard(data: bytes, crc: int) -> None:
-    assert tensorboard.crc32c(data) == crc
+    return records(file.read_bytes())
 
 
 def test_every_variant_is_a_run_and_begins_with_the_file_version(tmp_path: Path) -> None:
@@ -78,7 +56,7 @@ def test_every_variant_is_a_run_and_begins_with_the_file_version(tmp_path: Path)
     assert base == tmp_path / "logs" / "digits-3"
     assert sorted(run.name for run in base.iterdir()) == ["int16x8", "int8", "report"]
     for run in base.iterdir():
-        assert records(run)[0].endswith(b"\x1a\x0dbrain.Event:2")
+        assert events(run)[0].endswith(b"\x1a\x0dbrain.Event:2")
 
 
 def test_a_second_report_gets_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -120,6 +98,21 @@ def accumulated(run: Path) -> Any:
     found = reader.EventAccumulator(str(run), tensor_size_guidance={"scalars": 0, "histograms": 0, "text": 0})
     found.Reload()
     return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_texts_keep_their_lines_and_no_error_is_exact(tmp_path: Path) -> None:
+    exact = {**REPORT["variants"][0], "quality": {"sqnr_db": 200.0}}
+    commands = "no compiler:\n  sudo apt-get update\nThen: again"
+    base = tensorboard.write(tmp_path, {**REPORT, "variants": [exact], "warnings": [commands, "w" * 3000]})
+    make_ndarray = importlib.import_module("tensorboard.util.tensor_util").make_ndarray
+    run = accumulated(base / "report")
+    (warnings,) = run.Tensors("warnings")
+    text = make_ndarray(warnings.tensor_proto).item().decode()
+    assert "- no compiler:  \n    sudo apt-get update  \n  Then: again\n- " in text
+    assert "w" * 3000 in text
+    (table,) = run.Tensors("variants")
+    assert b"|  | exact |" in make_ndarray(table.tensor_proto).item()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,6 @@
 """Warm-up requests: records with good checksums that hold the requests that TensorFlow Serving would get.
 
-The decoder here knows nothing of the encoder: protobuf's wire format by the rules of its documentation, a CRC bit by bit.
+The decoder here knows nothing of the encoder: protobuf's wire format by the rules of its documentation.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,38 +17,10 @@ import numpy as np
 import pytest
 
 from edge_serve.errors import UsageError
-from edge_serve_converters.warmup import crc32c, encode
+from edge_serve_converters.warmup import encode
+from tests.unit.record_files import records
 
 DTYPES = {1: "<f4", 3: "<i4", 4: "u1", 6: "i1", 9: "<i8", 10: "?", 19: "<f2"}
-
-
-def plain_crc(data: bytes) -> int:
-    """CRC-32C of its definition: one bit after the other."""
-    remainder = 0xFFFFFFFF
-    for byte in data:
-        remainder ^= byte
-        for _ in range(8):
-            remainder = remainder >> 1 ^ (0x82F63B78 if remainder & 1 else 0)
-    return remainder ^ 0xFFFFFFFF
-
-
-def unmasked(crc: int) -> int:
-    """Undo what records do to their checksums."""
-    turned = (crc - 0xA282EAD8) & 0xFFFFFFFF
-    return (turned >> 17 | turned << 15) & 0xFFFFFFFF
-
-
-def records(data: bytes) -> list[bytes]:
-    """Take a TFRecord file apart and check it."""
-    found = []
-    while data:
-        length = struct.unpack("<Q", data[:8])[0]
-        body, rest = data[12 : 12 + length], data[12 + length :]
-        assert unmasked(struct.unpack("<I", data[8:12])[0]) == plain_crc(data[:8])
-        assert unmasked(struct.unpack("<I", rest[:4])[0]) == plain_crc(body)
-        found.append(body)
-        data = rest[4:]
-    return found
 
 
 def fields(message: bytes) -> list[tuple[int, Any]]:
@@ -145,27 +116,6 @@ def test_the_file_is_bounded_in_bytes() -> None:
 def test_inputs_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(UsageError, match="input 'x': warm-up requests cannot hold"):
         encode("m", "s", {"x": np.array([["text"]])})
-
-
-@pytest.mark.parametrize(
-    ("data", "crc"),
-    # RFC 3720, B.4, and the check value of CRC-32C.
-    [
-        (b"", 0),
-        (b"123456789", 0xE3069283),
-        (bytes(32), 0x8A9136AA),
-        (b"\xff" * 32, 0x62A8AB43),
-        (bytes(range(32)), 0x46DD794E),
-    ],
-)
-def test_checksums_are_those_of_the_standard(data: bytes, crc: int) -> None:
-    assert crc32c(data) == crc
-
-
-@pytest.mark.parametrize("length", [4095, 4096, 4097, 4351, 4352, 70_001])
-def test_long_data_have_the_same_checksum_as_byte_by_byte(length: int) -> None:
-    data = np.random.default_rng(length).bytes(length)
-    assert crc32c(data) == plain_crc(data)
 
 
 READ = """
