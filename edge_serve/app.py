@@ -1,195 +1,62 @@
-"""Builds everything from a Config, starts it and stops it; the only place that wires."""
+"""Starts a configuration, looks after it while it runs, reads it again when asked, and ends it; the only place that wires."""
 
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from edge_serve import plugins
-from edge_serve.config import Config, PipelineConfig
+from edge_serve import plugins, watchdog
+from edge_serve.config import Config
 from edge_serve.config import load as load_config
 from edge_serve.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_UNAVAILABLE,
-    ConfigError,
+    EdgeServeError,
     GoneError,
-    Problem,
     UnavailableError,
     UsageError,
 )
-from edge_serve.health import Counters
-from edge_serve.mailbox import Mailbox
-from edge_serve.model import threads
-from edge_serve.model.engine import Engine, with_best_threads
+from edge_serve.instance import Instance
+from edge_serve.line import Line, build, drain, find_model, flush, open_engine, release
 from edge_serve.model.interpreter import Runtime, load_runtime
-from edge_serve.model.repository import ModelVersion, find
-from edge_serve.pipeline import Pipeline
-from edge_serve.processing.setup import Meaning, model_info, settle
-from edge_serve.runner import SinkRunner, SourceRunner
-from edge_serve.sinks import SinkContext
-from edge_serve.sources import SourceContext
+from edge_serve.notify import Notifier
+from edge_serve.quarantine import Quarantine, runtime_folder
+from edge_serve.spool.spooler import Spool
 
 if TYPE_CHECKING:
     from edge_serve.control import Control, Peer
+    from edge_serve.reload import Plan
+    from edge_serve.status import Publisher, Reporter
+
+__all__ = ["App", "find_model", "load", "open_engine"]
 
 log = logging.getLogger(__name__)
 
 # How long the start waits for connections before it says that it goes on without them.
 CONNECT_NOTICE_S = 5.0
+# Connections that come at all mostly come at once; what else there is to start can wait for so long.
+QUICK_S = 0.5
+CONNECT_POLL_S = 0.01
 POLL_S = 0.2
+# How often the main thread looks at all others, and at how the service is.
+LOOK_S = 1.0
+# How long the end waits at least for a reload that is under way.
+RELOAD_END_S = 2.0
 
 
 def load(path: Path) -> Config:
     """Read a configuration with the options of all known parts."""
     return load_config(path, plugins.load)
-
-
-def find_model(config: Config, pipeline: PipelineConfig) -> ModelVersion:
-    """Find and check the model version that a pipeline names."""
-    model = pipeline.model
-    return find(
-        config.resolve(model.model),
-        "latest" if model.version is None else model.version,
-        version_labels=model.version_labels,
-        variant=model.variant,
-    )
-
-
-def open_engine(
-    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime, number: int = 1
-) -> tuple[Engine, Meaning]:
-    """Load a pipeline's model on a number of threads and settle what its tensors mean."""
-    model = pipeline.model
-    delegate = model.delegate or "auto"
-    engine = Engine.open(version.file, runtime=runtime, delegate=delegate, threads=number, signature=model.signature)
-    return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
-
-
-def choose_threads(
-    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
-) -> tuple[int, Callable[[Engine], Engine] | None]:
-    """Give the threads to begin with: as configured, else as measured before, else 1 and what measures them.
-
-    Measuring waits until the pipeline is ready: it is done once for each model and board, and no start waits for it.
-    """
-    model, delegate = pipeline.model, pipeline.model.delegate or "auto"
-    if model.threads:
-        return model.threads, None
-    name = threads.key(version.file, runtime, delegate, model.signature)
-    known = threads.recall(config.state_dir, name)
-    if known:
-        return known, None
-
-    def measure(engine: Engine) -> Engine:
-        best = with_best_threads(engine, runtime, delegate)
-        threads.remember(config.state_dir, name, best.threads)
-        log.info("%s: measured: runs best on %d thread%s", pipeline.name, best.threads, "s"[: best.threads != 1])
-        return best
-
-    return 1, measure
-
-
-@dataclass(slots=True)
-class Line:
-    """One pipeline with all its parts."""
-
-    name: str
-    pipeline: Pipeline
-    mailbox: Mailbox
-    source: SourceRunner
-    sinks: list[SinkRunner]
-    counters: Counters
-    summary: str
-
-
-def build(config: Config, pipeline: PipelineConfig, runtime: Runtime, fatal: Callable[[BaseException], None]) -> Line:
-    """Make the parts of a pipeline, nothing of it started. UsageError names the pipeline and what is wrong."""
-    try:
-        version = find_model(config, pipeline)
-        number, tune = choose_threads(config, pipeline, version, runtime)
-        engine, meaning = open_engine(config, pipeline, version, runtime, number)
-        counters = Counters()
-        info = model_info(version, engine)
-        decoder = meaning.decoder(engine)
-
-        def describe() -> dict[str, Any]:
-            return {
-                "device": config.device,
-                "pipeline": pipeline.name,
-                "model": {
-                    "name": info.name,
-                    "version": info.version,
-                    "variant": info.variant,
-                    "delegate": info.delegate,
-                },
-                "signature": info.signature,
-                "inputs": {
-                    name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in engine.inputs.items()
-                },
-                "outputs": {
-                    name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in engine.outputs.items()
-                },
-                "input": {"kind": meaning.input.kind},
-                "output": {"type": meaning.output.type},
-            }
-
-        window = 0
-        if meaning.input.kind == "window":
-            window = int(getattr(meaning.intake(engine, counters, None), "length", 0))
-        source_context = SourceContext(config, pipeline.name, counters, describe, window)
-        source = plugins.load("sources", pipeline.source.type)(pipeline.source.options, source_context)
-        intake = meaning.intake(engine, counters, source.hold_limit)
-        mailbox = Mailbox(source.policy, counters)
-        sinks = [
-            SinkRunner(
-                f"{pipeline.name}.{part.type}" if len(pipeline.sinks) > 1 else pipeline.name,
-                plugins.load("sinks", part.type)(part.options, SinkContext(config, pipeline.name, counters, number)),
-                counters,
-                fatal,
-            )
-            for number, part in enumerate(pipeline.sinks)
-        ]
-        worker = Pipeline(
-            pipeline.name,
-            config.device,
-            info,
-            meaning.output.type or "tensor",
-            engine,
-            intake,
-            decoder,
-            mailbox,
-            sinks,
-            counters,
-            fatal,
-            tune,
-        )
-    except UsageError as error:
-        raise ConfigError(str(config.path), [Problem(pipeline.key, f"pipeline {pipeline.name!r}: {error}")]) from error
-    cores = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
-    which = f" version {info.version}" if info.version is not None else ""
-    summary = (
-        f"model {info.name}{which} ({info.variant}) on {info.delegate} "
-        f"({engine.claims.taken} of {engine.claims.total} operators), {cores}, {runtime.name}"
-    )
-    return Line(
-        pipeline.name,
-        worker,
-        mailbox,
-        SourceRunner(pipeline.name, source, mailbox, counters, fatal),
-        sinks,
-        counters,
-        summary,
-    )
 
 
 class App:
@@ -202,7 +69,21 @@ class App:
         self._signal: int | None = None
         self._failure: BaseException | None = None
         self._on_ready = on_ready
+        self._runtime: Runtime | None = None
+        self._instance: Instance | None = None
+        self._quarantine = Quarantine()
+        self._spool = Spool(config.state_dir, config.spool)
         self._control: Control | None = None
+        self._reporter: Reporter | None = None
+        self._publisher: Publisher | None = None
+        self._notifier = Notifier()
+        self._watch = watchdog.Watch()
+        self._next_look = 0.0
+        self._next_ping = 0.0
+        self._said: tuple[str, ...] = ()
+        self._hangup = False
+        self._reloading = threading.Lock()
+        self._told: tuple[object, ...] = ()
 
     def _fatal(self, error: BaseException) -> None:
         if isinstance(error, GoneError):
@@ -219,51 +100,124 @@ class App:
         self._signal = number
         self._wake.set()
 
+    def hang_up(self, _number: int = signal.SIGHUP, _frame: FrameType | None = None) -> None:
+        """Ask for a reload, as a signal does."""
+        self._hangup = True
+
     def run(self) -> int:
         """Load all models, start all pipelines and serve until a signal, or until all finite sources have ended.
 
-        Gives the exit code. Raises UsageError if a model cannot be used; nothing is started then.
+        Gives the exit code. Raises UsageError if a model cannot be used, UnavailableError if another service has the state
+        folder; nothing is started then.
         """
         begun = time.monotonic()
         # Starting makes many objects and no garbage worth looking for.
         gc.disable()
-        runtime = load_runtime(self.config.runtime)
-        self.lines = [build(self.config, pipeline, runtime, self._fatal) for pipeline in self.config.pipelines]
+        self._claim()
+        try:
+            self._start(begun)
+            while not self._wake.wait(POLL_S):
+                self._tend()
+                # While a reload is under way, pipelines end and others have not begun.
+                if not self._reloading.locked() and all(line.ended for line in self.lines):
+                    break
+            return self._end()
+        finally:
+            self._quarantine.close()
+            self._spool.close()
+            if self._instance is not None:
+                self._instance.close()
+
+    def _claim(self) -> None:
+        """Refuse to run beside another service with the same state folder."""
+        try:
+            self._instance = Instance(self.config.state_dir)
+        except OSError as error:
+            log.warning(
+                "%s: cannot be written (%s): no local commands (`edge-serve status`, reload, capture), and nothing "
+                "outlasts a restart; give a state_dir that can",
+                self.config.state_dir,
+                error.strerror or error,
+            )
+
+    def _start(self, begun: float) -> None:
+        self._runtime = load_runtime(self.config.runtime)
+        self._quarantine = Quarantine.open(runtime_folder(self.config.state_dir))
+        for pipeline in self.config.pipelines:
+            self._notifier.loading(pipeline.name, watchdog.LOAD_SILENCE_S)
+            self.lines.append(
+                build(self.config, pipeline, self._runtime, self._fatal, None, self._quarantine, self._spool)
+            )
+        if self.config.spool.enabled:
+            self._spool.start(self._fatal)
         for line in self.lines:
-            line.pipeline.start()
-            for sink in line.sinks:
-                sink.start()
-            line.source.start()
-        self._await_connections()
+            line.start()
+        self._notifier.ready(self._summary())
+        if not self._await_connections(begun, QUICK_S):
+            # Whoever is away may stay so for long: nobody else waits for that.
+            self._open_up()
+            self._await_connections(begun, CONNECT_NOTICE_S)
         for line in self.lines:
-            state = "ready" if self._connected(line) else "ready, but not connected yet"
+            state = "ready" if line.connected else "ready, but not connected yet"
             log.info("%s: %s: %s", line.name, state, line.summary)
         if self._on_ready is not None:
             self._on_ready()
-        log.info(
-            "started in %.2f s: %d pipeline%s", time.monotonic() - begun, len(self.lines), "s"[: len(self.lines) != 1]
-        )
+        log.info("started in %.2f s: %s", time.monotonic() - begun, self._summary())
         for line in self.lines:
-            line.pipeline.warm()
-            line.pipeline.tune()
-        self._listen_to_commands()
+            line.settle_in()
+        self._open_up()
         # What the start has made stays; the collector need not look at it again.
         gc.collect()
         gc.freeze()
         gc.enable()
-        while not self._wake.wait(POLL_S):
-            if all(line.pipeline.join(0) for line in self.lines):
-                break
-        return self._end()
 
-    def _listen_to_commands(self) -> None:
-        """Let local commands reach this service; nothing that is served depends on it."""
-        from edge_serve.control import Control  # no start waits for it
+    def _summary(self) -> str:
+        return f"{len(self.lines)} pipeline{'s'[: len(self.lines) != 1]}"
 
+    def _await_connections(self, begun: float, seconds: float) -> bool:
+        """Wait until all is connected, but not longer than until `seconds` after the begin; says whether it is."""
+        waiting = [line.source.connected for line in self.lines]
+        waiting += [sink.connected for line in self.lines for sink in line.sinks]
+        for each in waiting:
+            while not each.is_set() and not self._wake.is_set():
+                if time.monotonic() >= begun + seconds:
+                    return False
+                each.wait(CONNECT_POLL_S)
+                self._tend()
+        return True
+
+    def _open_up(self) -> None:
+        """Let local commands and the status topic reach this service; nothing that is served depends on them."""
+        if self._reporter is not None:
+            return
+        from edge_serve.diagnosis import Diagnosis  # no start waits for these
+        from edge_serve.health import Health
+        from edge_serve.status import Reporter
+
+        assert self._runtime is not None
+        spool, lines = self._spool, lambda: self.lines
+        diagnosis = Diagnosis(self.config.state_dir, lines, spool.status, self._quarantine.troubles)
+        self._reporter = Reporter(self.config.device, self._runtime.name, Health(diagnosis), lines, spool.status)
+        self._publish_status()
+        if self._instance is None:
+            return
+        from edge_serve.control import Control
+
+        commands = {"capture": self._capture, "status": self._tell_status, "reload": self._reload_as_asked}
         try:
-            self._control = Control(self.config.state_dir, {"capture": self._capture})
+            self._control = Control(self.config.state_dir, commands)
         except UnavailableError as error:
-            log.warning("no local commands (`edge-serve capture`): %s", error)
+            log.warning("no local commands (`edge-serve status`, reload, capture): %s", error)
+
+    def _publish_status(self) -> None:
+        from edge_serve.reload import told
+
+        self._told = told(self.config)
+        if self.config.has_status and self._reporter is not None:
+            from edge_serve.status import Publisher
+
+            self._publisher = Publisher(self.config, self._reporter)
+            self._publisher.start()
 
     def _capture(self, request: dict[str, Any], peer: Peer) -> None:
         from edge_serve import capture  # only where somebody records
@@ -271,17 +225,148 @@ class App:
         where = {"device": self.config.device, "config": str(self.config.path), "pid": os.getpid()}
         capture.serve(request, peer, {line.name: line.pipeline for line in self.lines}, where)
 
-    def _connected(self, line: Line) -> bool:
-        # A finite source may have come and gone already.
-        source = line.source.connected.is_set() or line.pipeline.join(0)
-        return source and all(sink.connected.is_set() for sink in line.sinks)
+    def _tell_status(self, _request: dict[str, Any], peer: Peer) -> None:
+        assert self._reporter is not None  # it was there before the control socket
+        document = self._reporter.document()
+        peer.send(
+            {"type": "status", "pid": os.getpid(), "config": str(self.config.path)}, json.dumps(document).encode()
+        )
 
-    def _await_connections(self) -> None:
-        deadline = time.monotonic() + CONNECT_NOTICE_S
-        for line in self.lines:
-            for each in (line.source.connected, *(sink.connected for sink in line.sinks)):
-                while time.monotonic() < deadline and not self._wake.is_set() and not each.wait(0.01):
-                    pass
+    # What the main thread does while others serve.
+
+    def _tend(self) -> None:
+        """Look after the threads, tell the supervisor, and begin the reload that a signal has asked for."""
+        now = time.monotonic()
+        if self._hangup and self._reporter is not None:
+            self._hangup = False
+            threading.Thread(target=self._reload_for_signal, name="reload", daemon=True).start()
+        ping_s = self._notifier.ping_s
+        ping = ping_s is not None and now >= self._next_ping
+        if not ping and now < self._next_look:
+            return
+        self._next_look = now + LOOK_S
+        silent, new = self._watch.look()
+        for beat in new:
+            log.critical(
+                "thread %s has given no sign of life for %.0f s (%g are usual); it stands here:\n%s",
+                beat.name,
+                beat.silence(),
+                beat.allowed,
+                watchdog.stack(beat.thread),
+            )
+        if ping and not silent:
+            # Only here, only now: this thread and all others have been seen to go on.
+            self._notifier.ping()
+            self._next_ping = now + (ping_s or 0.0)
+        self._look_at_health()
+
+    def _look_at_health(self) -> None:
+        if self._reporter is None:
+            return
+        troubles = self._reporter.health.look()
+        keys = tuple(each.key for each in troubles)
+        if keys == self._said:
+            return
+        for each in troubles:
+            if each.key not in self._said and not each.logged:
+                log.warning("%s", each.text)
+        self._said = keys
+        state = self._reporter.health.state[0]
+        self._notifier.status(f"{state}: {troubles[0].text if troubles else self._summary()}")
+
+    # Reading the configuration again.
+
+    def _reload_for_signal(self) -> None:
+        try:
+            self.reload()
+        except EdgeServeError as error:
+            log.error("the configuration is not reloaded, the old one goes on: %s", error)
+        except BaseException as error:  # noqa: BLE001  # half of a reload would go on in silence
+            self._fatal(error)
+
+    def _reload_as_asked(self, request: dict[str, Any], peer: Peer) -> None:
+        asked = request.get("config")
+        if asked is not None and asked != os.path.realpath(self.config.path):
+            raise UsageError(f"this service runs with {self.config.path}, not with {asked!s:.500}")
+        try:
+            done = self.reload()
+        except EdgeServeError as error:
+            log.error("the configuration is not reloaded, the old one goes on: %s", error)
+            raise
+        except BaseException as error:
+            self._fatal(error)
+            raise
+        peer.send({"type": "reload", "pid": os.getpid(), "summary": str(done), **done.document()})
+
+    def reload(self) -> Plan:
+        """Read the configuration again and make of the service what it says; gives what was done.
+
+        Models of new and changed pipelines are loaded before anything stops. A changed pipeline then finishes what it has,
+        and the new one goes on in the same session, so nothing is lost and nothing overtakes. Raises an EdgeServeError, and
+        has changed nothing, if the configuration or a model cannot be used, or if something is asked for that needs a
+        restart.
+        """
+        if not self._reloading.acquire(blocking=False):
+            raise UnavailableError("a reload is under way already; try again when it is done")
+        beat = watchdog.begin("reload", watchdog.LOAD_SILENCE_S)
+        try:
+            self._notifier.reloading()
+            return self._reload(beat)
+        finally:
+            beat.end()
+            self._reloading.release()
+            self._notifier.ready(self._summary())
+
+    def _reload(self, beat: watchdog.Heartbeat) -> Plan:
+        from edge_serve import reload
+
+        assert self._runtime is not None
+        config = load(self.config.path)
+        plan = reload.plan(self.config, config, self.lines, self._told)
+        counted = {line.name: line.counters for line in self.lines}
+        made: dict[str, Line] = {}
+        try:
+            for pipeline in config.pipelines:
+                if pipeline.name in plan.made:
+                    beat.tick()
+                    counters = counted.get(pipeline.name)
+                    made[pipeline.name] = build(
+                        config, pipeline, self._runtime, self._fatal, counters, self._quarantine, self._spool
+                    )
+            self._go_on()
+            log.info("reload: %s", plan)
+            leaving = [*plan.removed, *(line for line in self.lines if line.name in plan.changed)]
+            drain(leaving, time.monotonic() + self.config.grace_s)
+            if self._wake.is_set():
+                self.lines = plan.kept
+                self._go_on()
+        except EdgeServeError:
+            for line in made.values():
+                line.pipeline.release(finished=False)
+            raise
+        self._spool.reconfigure(config.spool)
+        if config.spool.enabled:
+            self._spool.start(self._fatal)
+        for line in made.values():
+            line.start()
+        staying = {line.name: line for line in plan.kept} | made
+        self.config = config
+        self.lines = [staying[pipeline.name] for pipeline in config.pipelines]
+        for line in made.values():
+            line.settle_in()
+            log.info("%s: %s", line.name, line.summary)
+        if plan.told:
+            if self._publisher is not None:
+                self._publisher.stop("the configuration has changed")
+                self._publisher = None
+            self._publish_status()
+        return plan
+
+    def _go_on(self) -> None:
+        if self._wake.is_set():
+            raise UnavailableError("the service is stopping")
+
+    # The end.
 
     def _end(self) -> int:
         """Stop in order: sources stop reading, workers drain, sinks flush, sources close."""
@@ -289,49 +374,32 @@ class App:
         # After a failure nothing can be finished; what was not acknowledged comes again.
         grace = self.config.grace_s if self._failure is None else 0.0
         deadline = time.monotonic() + grace
+        why = "all inputs are worked through" if finished else f"signal {self._signal}" if self._signal else "a failure"
+        self._notifier.stopping(why)
         if not finished and self._failure is None:
             log.info("stopping: frames in work get %g s to finish", grace)
+        for line in self.lines if not finished else ():
+            line.source.halt()
+        # A reload that is under way comes to its end, or is seen no more; it stops its pipelines as this does.
+        self._reloading.acquire(timeout=max(RELOAD_END_S, grace))
         if self._control is not None:
             self._control.close()
-        for line in self.lines:
-            if not finished:
-                # Nothing more comes in; what was taken is worked off.
-                line.source.stop_reading(deadline)
-                line.mailbox.end()
-        for line in self.lines:
-            if not line.pipeline.join(None if finished else max(0.0, deadline - time.monotonic())):
-                log.warning("%s: frames in work were not finished within %g s", line.name, grace)
-                line.mailbox.close()
-        lost = self._flush(finished, deadline)
-        for line in self.lines:
-            line.pipeline.release(finished=finished)
-            line.source.close()
-            log.info("%s: %s", line.name, _account(line.counters.snapshot()))
+        lost = self._finish() if finished else drain(self.lines, deadline)
+        if self._publisher is not None:
+            self._publisher.stop(why)
         if self._failure is not None or lost:
             return EXIT_UNAVAILABLE
         return EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_OK
 
-    def _flush(self, finished: bool, deadline: float) -> int:
-        """Send what is left; gives how many results stay unsent whose inputs do not come again."""
+    def _finish(self) -> int:
+        """Send the last results of inputs that have an end; gives how many stay unsent whose inputs do not come again."""
         lost = 0
         for line in self.lines:
             for sink in line.sinks:
                 # Inputs from files do not come again: their results wait for upstream, or for a signal.
-                while finished and not self._wake.is_set() and not sink.idle(POLL_S):
-                    pass
-                limit = (
-                    deadline if not finished else time.monotonic() + (self.config.grace_s if self._wake.is_set() else 0)
-                )
-                left = sink.stop(limit)
-                if left:
-                    log.warning("%s: %d results are not upstream; their inputs were not acknowledged", line.name, left)
-                lost += left if line.source.exhausted.is_set() else 0
+                while not self._wake.is_set() and not sink.idle(POLL_S):
+                    self._tend()
+            lost += flush(line, time.monotonic() + (self.config.grace_s if self._wake.is_set() else 0))
+        for line in self.lines:
+            release(line, finished=True)
         return lost
-
-
-def _account(counts: dict[str, Any]) -> str:
-    parts = [f"{counts['in']} in", f"{counts['out']} out"]
-    parts += [f"{number} {code}" for code, number in counts["errors"].items()]
-    parts += [f"{number} dropped ({reason})" for reason, number in counts["dropped"].items()]
-    parts += [f"{counts[key]} {key.replace('_', ' ')}" for key in ("settled_early", "retried") if counts[key]]
-    return ", ".join(parts)

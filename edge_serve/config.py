@@ -24,6 +24,10 @@ SCHEMA = 1
 DEFAULT_FILE = "edge-serve.toml"
 # A configuration is read whole; a larger file is not one.
 MAX_CONFIG_BYTES = 1024 * 1024
+# The TOML parser's time and memory grow with the square of a dotted key's parts: half a megabyte of them would take all.
+MAX_KEY_PARTS = 64
+_KEY_PART = re.compile(r"""[\w"'-][ \t]*\.""")
+_BETWEEN_KEYS = re.compile(r"[=,{\n]")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DELEGATES = ("auto", "none", "xnnpack")
 SERIAL_FILES = ("/proc/device-tree/serial-number", "/sys/firmware/devicetree/base/serial-number")
@@ -51,6 +55,9 @@ class MqttBroker:
     )
     cert_file: str | None = option(None, "TLS: client certificate, PEM", example="/etc/edge-serve/client.pem")
     key_file: str | None = option(None, "TLS: key of the client certificate, PEM", example="/etc/edge-serve/client.key")
+    alpn: tuple[str, ...] = option(
+        (), "TLS: application protocols to offer, for brokers that share their port", example=["mqtt"]
+    )
     insecure: bool = option(False, "TLS without verification of the broker's certificate; for tests only")
     keepalive_s: int = option(30, "seconds of silence after which a ping is sent", low=5, high=3600)
     connect_timeout_s: float = option(10.0, "seconds that one attempt to connect may take", low=0.1, high=300)
@@ -68,6 +75,52 @@ class MqttBroker:
     def version(self) -> Literal["5", "3.1.1"]:
         """Give the protocol version as text."""
         return "3.1.1" if self.protocol == "3.1.1" else "5"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusConfig:
+    """What this device says of itself: a retained message with a last will, so that everybody knows who is offline."""
+
+    enabled: bool = option(True, "publish the status; without a broker there is none in any case")
+    broker: str = option("", "name of the [mqtt.NAME] table; default: [mqtt]", example="plant")
+    topic: str = option("edge-serve/{device}/status", "topic of the status; {device} is filled in")
+    interval_s: float = option(60.0, "seconds between two messages while the state does not change", low=1, high=86400)
+    client_id: str | None = option(None, "client id; default {device}.status", example="press-3.status")
+
+    def topic_of(self, device: str) -> str:
+        """Give the topic of a device's status."""
+        return self.topic.replace("{device}", device)
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolConfig:
+    """Where results wait while their upstream is away: on disk, below state_dir, for the pipelines that ask for it."""
+
+    enabled: bool = option(
+        True, "false: while upstream is away results wait in memory (a few) and inputs are held back"
+    )
+    max_bytes: int = option(
+        0, "bytes that may wait; 0: 256 MiB, or a tenth of the free disk if that is less", low=0, example=268435456
+    )
+    max_items: int = option(0, "results that may wait; 0: no limit but max_bytes", low=0)
+    max_age_s: float = option(
+        0.0, "seconds after which a result is too old to be sent, and dropped; 0: none is ever too old", low=0
+    )
+    policy: Literal["block", "drop_oldest", "drop_newest"] = option(
+        "block",
+        "when it is full: block: inputs are not acknowledged until there is room; else what is dropped, and counted",
+    )
+    durability: Literal["process", "power"] = option(
+        "process",
+        "process: safe when the process is killed; power: on the disk (fsync) before an input is acknowledged",
+    )
+    drain: Literal["oldest_first", "newest_first"] = option(
+        "oldest_first",
+        "order in which results leave when upstream is back; newest_first: the present first, then the past",
+    )
+    drain_rate: float = option(
+        0.0, "most waiting results a second, for each sink, when upstream is back; 0: as fast as it takes them", low=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +153,8 @@ class PartConfig:
     type: str
     options: Any
     key: str
+    required: bool = True
+    """Of a sink: whether an input is acknowledged only when this sink's result is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +168,43 @@ class PipelineConfig:
     input: InputSpec = field(default_factory=InputSpec)
     output: OutputSpec = field(default_factory=OutputSpec)
     key: str = "pipeline"
+    error_payload_bytes: int = 0
+    spool: bool | None = None
+    write_through: bool = False
+    workers: int = 1
+
+    @property
+    def policy(self) -> str:
+        """Give what the source does with more than the model can take: lossless, or latest."""
+        return str(getattr(self.source.options, "policy", "lossless"))
 
 
 @dataclass(frozen=True, slots=True)
 class _PipelineKeys:
     name: str = option("default", "letters, digits, - and _; part of topics and client ids", example="vibration")
+    workers: int = option(
+        1,
+        "inputs that are worked on side by side, each with the model loaded once more; results leave as they are done, "
+        "inputs are acknowledged in order; always 1 with windows",
+        low=1,
+        high=64,
+    )
+    error_payload_bytes: int = option(
+        0, "error results carry this many bytes of the payload's beginning, in base64; 0: none", low=0, high=65536
+    )
+    spool: bool | None = option(
+        None, "let results wait on disk while an upstream is away (default: where the source is lossless)", example=True
+    )
+    write_through: bool = option(
+        False, "commit every result to the spool before it is sent: for sources that cannot send an input again"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _SinkKeys:
+    required: bool = option(
+        True, "false: no input waits for this sink; its results are dropped, and counted, where they find no room"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +236,18 @@ class Config:
     brokers: Mapping[str, MqttBroker]
     """By name; the one of [mqtt] itself has the name ""."""
     pipelines: tuple[PipelineConfig, ...]
+    status: StatusConfig = field(default_factory=StatusConfig)
+    spool: SpoolConfig = field(default_factory=SpoolConfig)
+
+    def spools(self, pipeline: PipelineConfig) -> bool:
+        """Say whether a pipeline's results wait on disk while an upstream is away."""
+        asked = pipeline.write_through or pipeline.policy == "lossless" if pipeline.spool is None else pipeline.spool
+        return self.spool.enabled and asked
+
+    @property
+    def has_status(self) -> bool:
+        """Say whether a status is published."""
+        return self.status.enabled and self.status.broker in self.brokers
 
     def resolve(self, path: str) -> Path:
         """Give a path of the configuration, relative to its folder."""
@@ -207,6 +306,10 @@ def parse(text: str, path: Path, resolver: Resolver) -> Config:
         import tomllib
     else:
         import tomli as tomllib
+    if any(len(_KEY_PART.findall(piece)) > MAX_KEY_PARTS for piece in _BETWEEN_KEYS.split(text)):
+        raise ConfigError(
+            str(path), [Problem("", f"is not TOML that anybody wrote: a key has over {MAX_KEY_PARTS} parts")]
+        )
     try:
         table = tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, and a number with too many digits
@@ -221,10 +324,12 @@ def parse(text: str, path: Path, resolver: Resolver) -> Config:
 
 
 def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list[Problem]) -> Config | None:
-    tables = frozenset({"mqtt", "models", "pipeline"})
+    tables = frozenset({"mqtt", "models", "pipeline", "status", "spool"})
     top = read(_TopKeys, table, "", problems, skip=tables)
     brokers = _brokers(table.get("mqtt", {}), problems)
     models = _models(table.get("models", {}), problems)
+    status = read(StatusConfig, table.get("status", {}), "status", problems) or StatusConfig()
+    spool = read(SpoolConfig, table.get("spool", {}), "spool", problems) or SpoolConfig()
     raw = table.get("pipeline", [])
     raws = raw if isinstance(raw, list) else [raw]
     if not raws:
@@ -254,7 +359,11 @@ def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list
         grace_s=top.grace_s if top is not None else 10.0,
         brokers=brokers,
         pipelines=tuple(pipelines),
+        status=status,
+        spool=spool,
     )
+    if table.get("status"):
+        _check_status(config, problems)
     for name, broker in brokers.items():
         _check_broker(config, name, broker, problems)
     for pipeline in pipelines:
@@ -264,6 +373,7 @@ def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list
                 continue
             problems.extend(resolver(kind, part.type).check(part.options, part.key, wiring))  # type: ignore[arg-type]
         _check_pipeline(config, pipeline, problems)
+        _check_delivery(config, pipeline, resolver, problems)
     return config
 
 
@@ -278,6 +388,18 @@ def _brokers(table: Any, problems: list[Problem]) -> dict[str, MqttBroker]:
         # One without an address is named above; it still is the broker that others mean.
         brokers[name] = read(MqttBroker, entry, key, problems) or MqttBroker(url="mqtt://missing")
     return brokers
+
+
+def _check_status(config: Config, problems: list[Problem]) -> None:
+    status = config.status
+    if status.enabled and status.broker not in config.brokers:
+        name = f"[mqtt.{status.broker}]" if status.broker else "[mqtt]"
+        problems.append(Problem("status.broker", f"there is no table {name}", f"Add {name} with url = …"))
+    topic = status.topic_of(config.device)
+    if not topic or any(wild in topic for wild in "+#{}\0"):
+        problems.append(
+            Problem("status.topic", f"{topic!r} is no topic", "A topic to publish to has no wildcards; known: {device}")
+        )
 
 
 def _models(table: Any, problems: list[Problem]) -> dict[str, ModelConfig]:
@@ -341,6 +463,10 @@ def _pipeline(
         inputs or InputSpec(),
         outputs or OutputSpec(),
         key,
+        own.error_payload_bytes if own is not None else 0,
+        own.spool if own is not None else None,
+        own.write_through if own is not None else False,
+        own.workers if own is not None else 1,
     )
 
 
@@ -355,8 +481,14 @@ def _part(
     except EdgeServeError as error:
         problems.append(Problem(join(key, "type"), str(error)))
         return None
-    options: Any = read(part.Options, {k: v for k, v in table.items() if k != "type"}, key, problems)
-    return None if options is None else PartConfig(table["type"], options, key)
+    common = frozenset(_SinkKeys.__dataclass_fields__) if kind == "sinks" else frozenset()
+    options: Any = read(
+        part.Options, {k: v for k, v in table.items() if k != "type" and k not in common}, key, problems
+    )
+    own = read(_SinkKeys, {k: v for k, v in table.items() if k in common}, key, problems)
+    return (
+        None if options is None else PartConfig(table["type"], options, key, own.required if own is not None else True)
+    )
 
 
 def _check_broker(config: Config, name: str, broker: MqttBroker, problems: list[Problem]) -> None:
@@ -385,7 +517,7 @@ def _check_broker(config: Config, name: str, broker: MqttBroker, problems: list[
     if url.scheme != "mqtts":
         problems.extend(
             Problem(join(key, option_name), "needs TLS", "Use mqtts:// in url, or leave this out")
-            for option_name in ("ca_file", "cert_file", "key_file", "insecure")
+            for option_name in ("ca_file", "cert_file", "key_file", "alpn", "insecure")
             if getattr(broker, option_name)
         )
     if (broker.cert_file is None) != (broker.key_file is None):
@@ -441,6 +573,55 @@ def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Pro
                 join(pipeline.key, "output.labels_file"),
                 f"{config.resolve(pipeline.output.labels_file)} does not exist",
                 "Check the path",
+            )
+        )
+
+
+def _check_delivery(config: Config, pipeline: PipelineConfig, resolver: Resolver, problems: list[Problem]) -> None:
+    """Find pairs of settings that promise what cannot be kept."""
+    if pipeline.source.options is None:
+        return
+    answers = getattr(resolver("sources", pipeline.source.type), "answers", False)
+    if pipeline.policy == "lossless" and pipeline.sinks and not answers and not any(s.required for s in pipeline.sinks):
+        problems.append(
+            Problem(
+                join(pipeline.key, "sink"),
+                "required = false for every sink of a lossless source: inputs would be acknowledged before anybody has "
+                "their results",
+                'Let one be required, or set policy = "latest" for the source',
+            )
+        )
+    key = "write_through" if pipeline.write_through else "spool"
+    if not (pipeline.write_through or pipeline.spool):
+        return
+    if not config.spool.enabled:
+        problems.append(
+            Problem(
+                join(pipeline.key, key), "needs the spool, and [spool] says enabled = false", "Take one of them out"
+            )
+        )
+    if pipeline.write_through and pipeline.spool is False:
+        problems.append(Problem(join(pipeline.key, key), "needs the spool, and spool = false", "Take one of them out"))
+    if pipeline.write_through and config.spool.policy == "drop_newest":
+        problems.append(
+            Problem(
+                join(pipeline.key, key),
+                'cannot be kept with policy = "drop_newest": a full spool would drop what it is to keep',
+                'Set policy = "block" or "drop_oldest" under [spool]',
+            )
+        )
+    able = [sink for sink in pipeline.sinks if hasattr(resolver("sinks", sink.type), "send_encoded")]
+    unable = [sink for sink in pipeline.sinks if sink not in able and sink.required]
+    if not able:
+        problems.append(
+            Problem(join(pipeline.key, key), "needs a sink whose results can wait on disk, as mqtt or file", "Add one")
+        )
+    elif pipeline.write_through and unable:
+        problems.append(
+            Problem(
+                unable[0].key,
+                f"results for a sink of type {unable[0].type!r} cannot be written through",
+                "Set required = false for it",
             )
         )
 

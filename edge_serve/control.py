@@ -8,7 +8,6 @@ the connection, or only its sending half, ends what it asked for. The socket is 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import select
@@ -20,13 +19,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_serve import framing
+from edge_serve import framing, watchdog
 from edge_serve.errors import EdgeServeError, ProtocolError, UnavailableError, UsageError
 
 log = logging.getLogger(__name__)
 
 FILE = "control.sock"
-LOCK = "control.lock"
 VERSION = 1
 # sun_path has 108 bytes, with its end.
 MAX_PATH = 107
@@ -41,6 +39,8 @@ SEND_TIMEOUT_S = 30.0
 CLOSE_GRACE_S = 1.0
 # How long no connection is accepted when the process has no file descriptor left.
 ACCEPT_PAUSE_S = 1.0
+# The thread that accepts looks after this long whether it lives.
+IDLE_S = 5.0
 RECEIVE_CHUNK = 256 * 1024
 
 
@@ -120,7 +120,7 @@ class Control:
     """Listens for local commands; one thread accepts, each connection has one of its own."""
 
     def __init__(self, folder: Path, commands: Mapping[str, Command]) -> None:
-        """Listen in `folder`, which is made if need be.
+        """Listen in `folder`, which is made if need be. Whoever has the folder's lock (instance.py) may do that.
 
         UnavailableError says why it cannot: another service runs there, or the folder cannot be written.
         """
@@ -132,18 +132,35 @@ class Control:
             self._listener, self._undo = _listen(folder)
         except OSError as error:
             raise UnavailableError(f"{folder / FILE}: cannot listen: {error.strerror or error}") from error
+        self._ending, self._end = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
+        beat = watchdog.begin("control")
+        try:
+            self._accept(beat)
+        finally:
+            beat.end()
+
+    def _accept(self, beat: watchdog.Heartbeat) -> None:
+        waiting = select.poll()  # select() cannot take descriptors over 1023
+        waiting.register(self._listener, select.POLLIN)
+        waiting.register(self._ending, select.POLLIN)
+        self._listener.setblocking(False)
         while not self._stopping.is_set():
+            beat.tick()
+            if not waiting.poll(IDLE_S * 1e3) or self._stopping.is_set():
+                continue
             try:
                 sock, _ = self._listener.accept()
+            except BlockingIOError:
+                continue  # the caller has gone already
             except OSError as error:
-                if not self._stopping.is_set():
-                    log.warning("control socket: cannot accept a connection: %s", error)
-                    self._stopping.wait(ACCEPT_PAUSE_S)
+                log.warning("control socket: cannot accept a connection: %s", error)
+                self._stopping.wait(ACCEPT_PAUSE_S)
                 continue
+            sock.setblocking(True)
             self._take(Peer(sock, self._stopping))
 
     def _take(self, peer: Peer) -> None:
@@ -185,9 +202,9 @@ class Control:
     def close(self) -> None:
         """Take no more commands, let those that are answered come to their end, and remove the socket."""
         self._stopping.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._end.close()  # wakes the thread that accepts
         self._thread.join()
+        self._ending.close()
         with self._lock:
             peers = dict(self._peers)
         _join(peers)
@@ -209,13 +226,6 @@ def _listen(folder: Path) -> tuple[socket.socket, contextlib.ExitStack]:
     with contextlib.ExitStack() as undo:
         place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         undo.callback(os.close, place)
-        # The lock is given back by the kernel, whatever ends the process: who has it may replace what others left.
-        lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=place)
-        undo.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _occupied(folder) from error
         address = _address(folder, place)
         if _somebody_listens(address):
             raise _occupied(folder)

@@ -11,7 +11,8 @@
     │   └── SendError                  a sink could not deliver this result now
     ├── GoneError                      exit 3: an end of the pipeline is closed for good (standard output); the run ends
     ├── InputError                     one input is bad; it gets an error result and is settled ("bad_input")
-    │   └── TooLargeError              one input is over its limit ("too_large")
+    │   ├── TooLargeError              one input is over its limit ("too_large")
+    │   └── QuarantinedError           one input has killed the process before and is not run again ("quarantined")
     ├── InferenceError                 the interpreter failed on one input ("inference_failed")
     ├── ProtocolError                  the other end of a connection broke the protocol; that connection is closed
     ├── DroppedError                   a frame that a `latest` mailbox replaced by a newer one
@@ -112,6 +113,12 @@ class TooLargeError(InputError):
     """One input is over a limit."""
 
     code = "too_large"
+
+
+class QuarantinedError(InputError):
+    """One input has killed the process each time that it was run; it is not run again."""
+
+    code = "quarantined"
 
 
 class InferenceError(EdgeServeError):

@@ -1,11 +1,16 @@
-"""Counters of a pipeline: what came in, went out, failed and was dropped, and how old results were."""
+"""How the service is: counters of each pipeline, what is wrong now, and the state that follows from that.
+
+One `Health` is asked by all who want to know: the status topic, `edge-serve status`, and systemd's status line.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import Counter, deque
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 # Ages of this many latest results give the percentiles.
 AGES_KEPT = 1024
@@ -24,10 +29,10 @@ class Counters:
         self._retries = 0
         self._ages: deque[float] = deque(maxlen=AGES_KEPT)
 
-    def came_in(self) -> None:
-        """Count a frame that a source gave."""
+    def came_in(self, number: int = 1) -> None:
+        """Count frames that a source gave."""
         with self._lock:
-            self._in += 1
+            self._in += number
 
     def went_out(self, age_ms: float) -> None:
         """Count a result that all sinks have, and its age at that moment."""
@@ -77,3 +82,42 @@ def percentile(ordered: list[float], percent: float) -> float | None:
         return None
     rank = max(1, math.ceil(percent * len(ordered) / 100))
     return round(ordered[rank - 1], 3)
+
+
+State = Literal["online", "degraded"]
+
+
+class Trouble(NamedTuple):
+    """Something that is wrong now. `key` stays the same while it lasts; `text` says what it is and what to do."""
+
+    key: str
+    text: str
+    degrades: bool = True
+    """Whether results are late, lost or worse than they should be because of it; else it is only worth knowing."""
+    logged: bool = False
+    """Whether who found it has logged it already."""
+
+
+class Health:
+    """The state of the service, and since when; every method may be called from any thread."""
+
+    def __init__(self, diagnose: Callable[[], Iterable[Trouble]]) -> None:
+        self._diagnose = diagnose
+        self._lock = threading.Lock()
+        self._state: State = "online"
+        self._since = time.time()
+
+    def look(self) -> tuple[Trouble, ...]:
+        """Find out what is wrong now; the state follows from that."""
+        with self._lock:
+            troubles = tuple(self._diagnose())
+            state: State = "degraded" if any(each.degrades for each in troubles) else "online"
+            if state != self._state:
+                self._state, self._since = state, time.time()
+            return troubles
+
+    @property
+    def state(self) -> tuple[State, float]:
+        """Give the state as it was found last, and since when, in UTC seconds."""
+        with self._lock:
+            return self._state, self._since

@@ -1,4 +1,4 @@
-"""One MQTT connection: address, TLS, password, session, acknowledgements; the only module that knows paho.
+"""One MQTT connection: address, TLS, password, session, acknowledgements. Only this and mqtt_client.py know paho.
 
 A Connection lives from one `open` to its loss and is then thrown away: paho never reconnects and never stores messages
 for us, so what it would do to them after a reconnect cannot surprise anybody. Reconnecting is the runner's.
@@ -10,15 +10,15 @@ import logging
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -26,108 +26,30 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_serve.config import Config, MqttBroker, password_of
 from edge_serve.errors import SendError, UnavailableError
+from edge_serve.mqtt_client import Client, MQTTException
+from edge_serve.mqtt_network import Network
+from edge_serve.mqtt_packets import PACKET_OVERHEAD, Envelope, Message, envelope, puback
+
+__all__ = ["Connection", "Message", "PublishRefusedError"]
 
 log = logging.getLogger(__name__)
 
-# A PUBLISH is its payload, a topic of at most 64 KiB and properties; a longer rest of a packet is cut off and skipped.
-PACKET_OVERHEAD = 192 * 1024
-SKIP_CHUNK = 64 * 1024
-PUBLISH = 0x30
 # MQTT 5, 2.4: the broker is out of quota for now; the same publish may succeed later.
 QUOTA_EXCEEDED = 0x97
 NOT_AUTHORIZED = 0x87
+# Reason codes from here on are failures.
+FAILURE = 0x80
 # A network that is dead, not cut, takes no DISCONNECT; after this long it is closed without one.
 GOODBYE_S = 1.0
-# While nothing is read, the network thread looks this often whether it may go on, and sends what has to be sent.
-PAUSE_S = 0.01
+# While no more publishes are unacknowledged, nobody waits for the acknowledgements.
+FEW = 8
+# Packet identifiers have 16 bits; some are left for subscriptions.
+MOST_ON_THE_WAY = 65000
 
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message that arrived. `skipped` is the whole packet's length where its payload was over the limit, else 0."""
-
-    topic: str
-    payload: bytes
-    qos: int
-    packet_id: int
-    duplicate: bool
-    retained: bool
-    content_type: str | None
-    response_topic: str | None
-    correlation: bytes | None
-    user: Mapping[str, str]
-    skipped: int
-
-    @property
-    def size(self) -> int:
-        """Count the bytes that are kept of it."""
-        texts = (self.topic, self.content_type or "", self.response_topic or "")
-        return len(self.payload) + sum(map(len, texts)) + len(self.correlation or b"")
-
-
-class _Client(paho.Client):
-    """paho with a bound on what one packet may take of memory, and with acknowledgements that the kernel sends at once.
-
-    paho buffers a packet of any announced length. Here the rest of a PUBLISH beyond `limit` is read and let go, so that
-    the message still arrives, marked, and can be answered and acknowledged instead of coming back for ever.
-
-    While `flowing` is not set nothing is read, so that the broker has to wait; acknowledgements and pings still leave.
-    """
-
-    def __init__(self, limit: int, died: Callable[[Exception], None], **options: Any) -> None:
-        super().__init__(CallbackAPIVersion.VERSION2, **options)
-        self.limit = limit
-        self.skipped = 0
-        self._skip = 0
-        self._died = died
-        self.flowing = threading.Event()
-        self.flowing.set()
-
-    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:
-        """Run the network thread; a packet that paho cannot read ends it, and would do so without a word."""
-        try:
-            return super().loop_forever(timeout, retry_first_connection)
-        except Exception as error:  # noqa: BLE001  # whatever it is, somebody has to connect again
-            self._died(error)
-            return MQTTErrorCode.MQTT_ERR_PROTOCOL
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        if not self.flowing.is_set():
-            self._is_alive()  # its answers to pings are not read either
-            if not self.flowing.wait(PAUSE_S):
-                raise BlockingIOError
-        while self._skip:
-            chunk = super()._sock_recv(min(self._skip, SKIP_CHUNK))
-            if not chunk:
-                return chunk
-            self._is_alive()
-            self._skip -= len(chunk)
-        packet = self._in_packet
-        if packet["have_remaining"] and not packet["packet"]:
-            # The body of a packet begins. Re-armed each time: Linux falls back to delayed ACKs, and a broker that
-            # leaves Nagle's algorithm on then takes 40 ms for a round trip.
-            self._quick_ack()
-            if packet["to_process"] > self.limit:
-                if packet["command"] & 0xF0 != PUBLISH:
-                    raise OSError(f"packet of {packet['to_process']} bytes that is no PUBLISH")
-                self.skipped = packet["to_process"]
-                self._skip = packet["to_process"] - self.limit
-                packet["to_process"] = packet["remaining_length"] = self.limit
-        data = super()._sock_recv(min(bufsize, packet["to_process"]) if packet["have_remaining"] else bufsize)
-        if self._ping_t and data:
-            self._is_alive()
-        return data
-
-    def _is_alive(self) -> None:
-        # The answer to a ping comes behind a large message, and a slow network takes its time for that: whoever sends is
-        # alive. paho would disconnect, and the message would come again, for ever.
-        self._ping_t = 0.0
-        self._last_bytes_received = time.monotonic()
-
-    def _quick_ack(self) -> None:
-        sock: Any = self._sock
-        if sock is not None and hasattr(socket, "TCP_QUICKACK") and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+Fate = Callable[["Exception | None"], None]
+_NOBODY: Any = object()
+# Brokers of which it was said that they are not verified: that is said once, not with every connection.
+_told: set[str] = set()
 
 
 class _TlsSocket(ssl.SSLSocket):
@@ -142,7 +64,10 @@ class _TlsSocket(ssl.SSLSocket):
 
 
 class Connection:
-    """A connection to a broker, with its own network thread. Callbacks run in that thread and must not block."""
+    """A connection to a broker. Callbacks run in its network thread and must not wait for anything.
+
+    Connections with the same `network` share that thread; by default each has its own.
+    """
 
     def __init__(
         self,
@@ -152,14 +77,21 @@ class Connection:
         *,
         clean: bool,
         receive_maximum: int | None = None,
+        will: tuple[str, bytes] | None = None,
+        network: str | None = None,
+        window: int = 0,
         on_message: Callable[[Message], None] | None = None,
+        on_pause: Callable[[], None] | None = None,
         on_session: Callable[[bool], None] | None = None,
         on_sent: Callable[[int, Exception | None], None] | None = None,
         on_lost: Callable[[Exception], None] | None = None,
     ) -> None:
+        """`window` is how many publishes will be unacknowledged at most, where somebody waits for room in it.
+
+        `on_pause` follows on the last one of several calls of `on_message`, for what is cheaper done once for all."""
         self.broker: MqttBroker = config.brokers[broker]
         self.address = self.broker.url
-        self._on_message, self._on_session, self._on_sent, self._on_lost = on_message, on_session, on_sent, on_lost
+        self._on_session, self._on_sent, self._on_lost = on_session, on_sent, on_lost
         self._five = self.broker.version == "5"
         self._clean = clean
         self._receive_maximum = receive_maximum
@@ -170,36 +102,50 @@ class Connection:
         self._granted: list[ReasonCode] | None = None
         self._awaited = True
         self._closing = False
-        self._up = False
+        self._owed: dict[int, Fate | None] = {}
+        """Who wants to know the fate of which publish of QoS 1, by packet id."""
+        self._unwritten: dict[int, Fate | None] = {}
+        """The same of QoS 0, whose fate is whether the system has taken them, by numbers of our own."""
+        # The first one is for paho's subscription.
+        self._numbers = count(1)
         self.send_limit = 65535
         """The broker's Receive Maximum: how many QoS 1 publishes may be unacknowledged."""
         self._packet_limit: int | None = None
+        self._network_name = network or client_id
+        self._network: Network | None = None
         url = urlsplit(self.broker.url)
         self._host = unquote(url.path) if url.scheme == "unix" else url.hostname or ""
         self._port = url.port or (8883 if url.scheme == "mqtts" else 1883)
         options: dict[str, Any] = {} if self._five else {"clean_session": clean}
-        self._client = _Client(
+        self._client = Client(
             self.broker.max_payload + PACKET_OVERHEAD,
-            self._died,
+            arrived=on_message if on_message is not None else _ignore,
+            paused=on_pause if on_pause is not None else _ignore,
+            settled=self._published,
+            failed=self._died,
+            brings_inputs=on_message is not None,
+            few=min(FEW, (window or receive_maximum or 0) // 4),
+            owed=self._owed.__len__,
             client_id=client_id,
             protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
             transport="unix" if url.scheme == "unix" else "tcp",
-            reconnect_on_failure=False,
-            manual_ack=True,
             **options,
         )
         self._client.connect_timeout = self.broker.connect_timeout_s
-        # The send window is the runner's; paho must neither queue nor hold back on its own.
-        self._client.max_inflight_messages_set(0)
         if url.scheme == "mqtts":
             self._client.tls_set_context(_tls(config, self.broker))
             self._client.tls_insecure_set(self.broker.insecure)
         if self.broker.username is not None:
             self._client.username_pw_set(self.broker.username, _password(config, broker))
+        if will is not None:
+            # What the broker says, retained, when this connection ends without a goodbye.
+            properties = None
+            if self._five:
+                properties = Properties(PacketTypes.WILLMESSAGE)
+                properties.ContentType = "application/json"
+            self._client.will_set(*will, qos=1, retain=True, properties=properties)
         self._client.on_connect = self._connected
         self._client.on_disconnect = self._disconnected
-        self._client.on_message = self._message
-        self._client.on_publish = self._published
         self._client.on_subscribe = self._suback
         self._client.on_socket_open = self._no_delay
 
@@ -221,16 +167,14 @@ class Connection:
             ) from error
         except (OSError, ValueError) as error:
             raise UnavailableError(f"{self.address}: cannot connect: {error}") from error
-        self._client.loop_start()
-        if thread := self._client._thread:
-            thread.name = f"mqtt.{self._client._client_id.decode(errors='replace')}"
+        self._network = Network.join(self._network_name)
+        self._client.serve(self._network)
         if not self._answered.wait(self.broker.connect_timeout_s):
             self.close()
             raise UnavailableError(f"{self.address}: connected, but the broker does not answer")
         if self._outcome is not None:
             self.close()
             raise self._outcome
-        self._up = True
 
     def subscribe(self, filters: list[str], qos: int, *, retained: bool) -> None:
         """Subscribe and wait for the broker's consent; UnavailableError if it refuses or grants a lower QoS.
@@ -250,14 +194,12 @@ class Connection:
             raise UnavailableError(f"{self.address}: cannot subscribe: {paho.error_string(code)}")
         with self._subscription:
             self._subscription.wait_for(
-                lambda: (
-                    self._granted is not None or not self._client.is_connected() or not self._client.flowing.is_set()
-                ),
+                lambda: self._granted is not None or not self._client.is_connected() or self._client.held,
                 self.broker.connect_timeout_s,
             )
             self._awaited = False
             if self._granted is None:
-                if not self._client.flowing.is_set() and self._client.is_connected():
+                if self._client.held and self._client.is_connected():
                     return
                 raise UnavailableError(f"{self.address}: the broker does not answer the subscription")
         if refusal := self._refusal(self._granted):
@@ -278,13 +220,71 @@ class Connection:
 
     def hold(self) -> None:
         """Read no more messages; what is to be sent is sent on."""
-        self._client.flowing.clear()
+        self._client.hold()
         with self._subscription:
             self._subscription.notify_all()
 
     def go_on(self) -> None:
         """Read messages again."""
-        self._client.flowing.set()
+        self._client.go_on()
+
+    def envelope(
+        self,
+        topic: str,
+        qos: int,
+        *,
+        retain: bool = False,
+        content_type: str | None = None,
+        user: Mapping[str, str] | None = None,
+        correlation: bytes | None = None,
+    ) -> Envelope:
+        """Pack what many publishes on this connection have in common. PublishRefusedError if MQTT cannot carry it."""
+        try:
+            return envelope(
+                topic,
+                qos,
+                retain=retain,
+                five=self._five,
+                content_type=content_type,
+                user=(user or {}).items(),
+                correlation=correlation,
+            )
+        except ValueError as error:
+            raise PublishRefusedError(f"{self.address}: cannot publish to {topic!r}: {error}", lasting=True) from error
+
+    def send(self, shared: Envelope, payload: bytes, done: Fate | None = None, further: bytes = b"") -> int:
+        """Send a message; gives its packet id. `further` are packed properties of this one alone (MQTT 5).
+
+        `done` gets its fate: None when the broker has it (QoS 1) or the system has taken it (QoS 0), else the error. That
+        of QoS 1 comes from another thread than the one that sends, unless that one closes. SendError if sending fails now,
+        PublishRefusedError if it will always fail.
+        """
+        owed, packet_id = (self._owed, self._packet_id()) if shared.qos else (self._unwritten, next(self._numbers))
+        try:
+            packet = shared.seal(payload, packet_id, further)
+        except ValueError as error:
+            raise PublishRefusedError(f"{self.address}: cannot publish: {error}", lasting=True) from error
+        if self._packet_limit is not None and len(packet) > self._packet_limit:
+            # A broker closes the connection over a packet that it has said it will not take (MQTT 5, 3.2.2.3.6).
+            raise PublishRefusedError(
+                f"{self.address}: cannot publish: {len(payload)} bytes are over the broker's limit of "
+                f"{self._packet_limit} for a packet; raise that, or let the result say less (top_k, threshold, max_objects)",
+                lasting=True,
+            )
+        owed[packet_id] = done
+        try:
+            self._client.post(packet, None if shared.qos else partial(self._resolve, owed, packet_id, None))
+        except OSError as error:
+            if owed.pop(packet_id, _NOBODY) is not _NOBODY:  # else it was told already
+                raise SendError(f"{self.address}: cannot publish: {error}") from error
+        return packet_id
+
+    def _packet_id(self) -> int:
+        if len(self._owed) >= MOST_ON_THE_WAY:
+            raise SendError(f"{self.address}: cannot publish: {len(self._owed)} messages are unacknowledged")
+        while (packet_id := next(self._numbers) % 65535 + 1) in self._owed:
+            pass  # the numbers have come around
+        return packet_id
 
     def publish(
         self,
@@ -297,65 +297,37 @@ class Connection:
         correlation: bytes | None = None,
         retain: bool = False,
     ) -> int:
-        """Send a message; gives its packet id, by which `on_sent` tells its fate (QoS 1).
-
-        SendError if that fails now, PublishRefusedError if it will always fail.
-        """
-        properties = None
-        if self._five:
-            properties = Properties(PacketTypes.PUBLISH)
-            if content_type is not None:
-                properties.ContentType = content_type
-            if user:
-                properties.UserProperty = list(user.items())
-            if correlation is not None:
-                properties.CorrelationData = correlation
-        try:
-            if self._packet_limit is not None:
-                self._check_size(topic, payload, properties)
-            info = self._client.publish(topic, payload, qos, retain, properties)
-        except ValueError as error:
-            raise PublishRefusedError(f"{self.address}: cannot publish to {topic!r}: {error}", lasting=True) from error
-        except OSError as error:
-            raise SendError(f"{self.address}: cannot publish: {error}") from error
-        if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
-            raise SendError(f"{self.address}: cannot publish: {paho.error_string(info.rc)}")
-        return info.mid
-
-    def _check_size(self, topic: str, payload: bytes, properties: Properties | None) -> None:
-        # Fixed header, topic length and packet id take at most 9 bytes. A broker closes the connection over a packet
-        # that it has said it will not take (MQTT 5, 3.2.2.3.6), as often as it is sent.
-        size = 9 + len(topic.encode()) + len(payload) + (len(properties.pack()) if properties is not None else 0)
-        if self._packet_limit is not None and size > self._packet_limit:
-            raise ValueError(
-                f"{len(payload)} bytes are over the broker's limit of {self._packet_limit} for a packet; raise that, "
-                "or let the result say less (top_k, threshold, max_objects)"
-            )
+        """Send a single message; gives its packet id, by which `on_sent` tells its fate. Raises as `send` does."""
+        packed = self.envelope(topic, qos, retain=retain, content_type=content_type, user=user, correlation=correlation)
+        return self.send(packed, payload)
 
     @property
     def has_room(self) -> bool:
         """Say whether the broker takes one more QoS 1 publish now; over its Receive Maximum it disconnects."""
-        return len(self._client._out_messages) < self.send_limit
+        return len(self._owed) < self.send_limit
 
     def acknowledge(self, packet_id: int) -> None:
         """Send the PUBACK of a QoS 1 message; if the connection is gone, so is the need to."""
         try:
-            self._client.ack(packet_id, 1)
+            self._client.post(puback(packet_id))
         except OSError:
             pass  # closed in this moment
 
     def close(self) -> None:
-        """Disconnect and end the network thread; may be called twice, not from a callback."""
+        """Disconnect; may be called twice. No callback follows; what was not acknowledged is told as failed."""
         self._closing = True
-        self._client.disconnect()
-        thread = self._client._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(GOODBYE_S)
-            if thread.is_alive():
-                self.break_off()
-        self._client.loop_stop()
-        # paho leaves its own pair of sockets to the garbage collector, which may take its time.
-        self._client._reset_sockets()
+        client = self._client
+        client.arrived = client.paused = _ignore
+        network, self._network = self._network, None
+        if network is not None:
+            client.disconnect()
+            inside = threading.get_ident() == network.ident
+            if inside or not client.gone.wait(GOODBYE_S):
+                client._sock_close()
+            client.leave()
+            network.leave()
+        client._sock_close()
+        self._fail_owed(SendError(f"{self.address}: closed"))
 
     def break_off(self) -> None:
         """Cut the connection from inside a callback; the broker keeps the session."""
@@ -395,47 +367,40 @@ class Connection:
             self._answered.set()
         with self._subscription:
             self._subscription.notify_all()
+        self._fail_owed(error)
         if self._on_lost is not None and not self._closing:
             self._on_lost(error)
 
-    def _message(self, _client: Any, _data: Any, message: paho.MQTTMessage) -> None:
-        client = self._client
-        skipped, client.skipped = client.skipped, 0
-        properties: Any = message.properties
-        user = getattr(properties, "UserProperty", None) or []
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = ""
-        if self._on_message is not None:
-            self._on_message(
-                Message(
-                    topic,
-                    b"" if skipped else bytes(message.payload),
-                    message.qos,
-                    message.mid,
-                    bool(message.dup),
-                    bool(message.retain),
-                    getattr(properties, "ContentType", None),
-                    getattr(properties, "ResponseTopic", None),
-                    getattr(properties, "CorrelationData", None),
-                    {str(key): str(value) for key, value in user},
-                    skipped,
-                )
-            )
+    def _fail_owed(self, error: Exception) -> None:
+        for owed in (self._owed, self._unwritten):
+            for packet_id in list(owed):
+                self._resolve(owed, packet_id, error)
 
-    def _published(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
-        if self._on_sent is not None:
-            failed = reason.is_failure
-            self._on_sent(
-                mid,
-                PublishRefusedError(
-                    f"{self.address}: refuses the message: {reason}",
-                    lasting=reason.value not in (QUOTA_EXCEEDED, NOT_AUTHORIZED),
-                )
-                if failed
-                else None,
-            )
+    def _published(self, packet_id: int, code: int) -> None:
+        if code < FAILURE:
+            self._resolve(self._owed, packet_id, None)
+            return
+        try:
+            said = str(ReasonCode(PacketTypes.PUBACK, identifier=code))
+        except (KeyError, MQTTException):
+            said = f"reason code {code:#x}"
+        self._resolve(
+            self._owed,
+            packet_id,
+            PublishRefusedError(
+                f"{self.address}: refuses the message: {said}", lasting=code not in (QUOTA_EXCEEDED, NOT_AUTHORIZED)
+            ),
+        )
+
+    def _resolve(self, owed: dict[int, Fate | None], packet_id: int, error: Exception | None) -> None:
+        """Tell the fate of a publish to whoever wants to know; once, even if its connection is lost at the same time."""
+        done = owed.pop(packet_id, _NOBODY)
+        if done is _NOBODY:
+            return
+        if done is not None:
+            done(error)
+        elif self._on_sent is not None:
+            self._on_sent(packet_id, error)
 
     def _suback(self, _client: Any, _data: Any, mid: int, codes: list[ReasonCode], _properties: Any) -> None:
         with self._subscription:
@@ -449,6 +414,10 @@ class Connection:
         # Without it Nagle's algorithm and delayed ACKs make a QoS 1 round trip take 44 ms.
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _ignore(*_: object) -> None:
+    """Take no notice."""
 
 
 class PublishRefusedError(SendError):
@@ -482,7 +451,12 @@ def _tls(config: Config, broker: MqttBroker) -> ssl.SSLContext:
         raise UnavailableError(
             f"{broker.url}: TLS files cannot be used ({', '.join(map(str, files))}): {error}"
         ) from error
+    if broker.alpn:
+        context.set_alpn_protocols(list(broker.alpn))
     if broker.insecure:
+        if broker.url not in _told:
+            _told.add(broker.url)
+            log.warning("%s: the broker's certificate is not verified (insecure = true); for tests only", broker.url)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context

@@ -6,8 +6,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edge_serve import watchdog
 from edge_serve.bundle import TensorSpec
 from edge_serve.errors import EdgeServeError, InferenceError, InputError, StoppedError
 from edge_serve.frame import Capture, Delivery, Frame, ModelInfo, Result, ResultError, Settle
@@ -15,6 +17,7 @@ from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
 from edge_serve.model.engine import Engine
 from edge_serve.processing.intake import Intake, Job
+from edge_serve.quarantine import Guard
 from edge_serve.runner import SinkRunner
 
 if TYPE_CHECKING:
@@ -24,10 +27,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
+# An input that takes no longer is worked on in the thread that it came by, if that does not wait for anything: handing it to
+# another thread would cost more. A thread that serves a network must not be away for longer.
+QUICK_S = 0.0005
+# So many quick inputs in a row are believed; one slow one is enough for the opposite.
+QUICK_RUNS = 16
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """What one thread needs to work on inputs. An engine runs in one thread at a time."""
+
+    engine: Engine
+    intake: Intake
+    decode: Decoder
+    guard: Guard
+    beat: watchdog.Heartbeat | None = None
+    thread: int = 0
+    """The thread (threading.get_ident) that the guard knows as working here."""
 
 
 class Pipeline:
-    """The worker of one pipeline: owns the engine and runs it in one thread."""
+    """The workers of one pipeline: each owns an engine and runs it in one thread, its own or a quick source's."""
 
     def __init__(
         self,
@@ -43,31 +64,51 @@ class Pipeline:
         counters: Counters,
         fatal: Callable[[BaseException], None],
         tune: Callable[[Engine], Engine] | None = None,
+        guard: Guard | None = None,
+        error_payload_bytes: int = 0,
+        more: Sequence[Worker] = (),
     ) -> None:
+        """`more` are further workers; inputs are then worked on side by side, and results leave as they are done."""
         self.name = name
         self.counters = counters
         self._device = device
         self._model = model
         self._type = output_type
-        self._engine = engine
-        self._intake = intake
-        self._decode = decode
+        self._first = Worker(engine, intake, decode, guard if guard is not None else Guard.unmarked())
+        self._workers = [self._first, *more]
         self._mailbox = mailbox
         self._sinks = sinks
         self._fatal = fatal
         self._tune = tune
         self._tune_now = False
+        self._excerpt = error_payload_bytes
+        self.silence_s = watchdog.SILENCE_S
+        """How long one run of the model may take before the worker counts as stuck."""
+        self._quick = 0
+        """How many inputs in a row were quick."""
+        if len(self._workers) == 1:
+            mailbox.helper = self._help
         self._recorder: Recorder | None = None
         self._recorder_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=f"worker.{name}", daemon=True)
+        self._threads = [
+            threading.Thread(
+                target=self._run,
+                args=(worker,),
+                name=f"worker.{name}.{number}" if number else f"worker.{name}",
+                daemon=True,
+            )
+            for number, worker in enumerate(self._workers)
+        ]
 
     def start(self) -> None:
-        """Start the worker."""
-        self._thread.start()
+        """Start the workers."""
+        for thread in self._threads:
+            thread.start()
 
     def warm(self) -> None:
         """Pay what only the first frame would cost otherwise; may run beside the worker."""
-        self._intake.warm()
+        for worker in self._workers:
+            worker.intake.warm()
 
     def tune(self) -> None:
         """Let the worker measure how its model runs best, before its next frame."""
@@ -76,7 +117,7 @@ class Pipeline:
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
         """Give the model's inputs by name."""
-        return self._engine.inputs
+        return self._first.engine.inputs
 
     @property
     def model(self) -> ModelInfo:
@@ -98,103 +139,179 @@ class Pipeline:
 
     def join(self, timeout: float | None) -> bool:
         """Wait until the mailbox has ended and is worked off; False if `timeout` seconds were not enough."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _run(self) -> None:
+    def _run(self, worker: Worker) -> None:
+        beat = worker.beat = watchdog.begin(threading.current_thread().name, self.silence_s)
+        mailbox = self._mailbox
         try:
             next_tick = 0.0
             while True:
-                delivery = self._mailbox.take(TICK_S)
+                delivery = mailbox.take(TICK_S)
+                beat.tick()
                 if self._tune_now and self._tune is not None:
-                    self._engine, self._tune = self._tune(self._engine), None
+                    with beat.allowing(watchdog.LOAD_SILENCE_S):
+                        worker.engine, self._tune = self._tune(worker.engine), None
                 if delivery is not None:
-                    self._work(delivery)
-                elif self._mailbox.drained:
+                    self._work(worker, delivery)
+                    mailbox.worked()
+                elif mailbox.drained:
                     break
                 now = time.monotonic()
                 if now >= next_tick:
-                    self._intake.tick(now)
+                    worker.intake.tick(now)
                     next_tick = now + TICK_S
         except BaseException as error:  # noqa: BLE001  # a worker that dies in silence would look like a quiet source
             self._fatal(error)
+        finally:
+            beat.end()
+
+    def _help(self, deliveries: Sequence[Delivery]) -> int:
+        """Work in the calling thread, which serves a source, as long as it is quick and nothing has to be waited for."""
+        if not self._may_help() or not self._mailbox.claim():
+            return 0
+        self.counters.came_in(len(deliveries))
+        done = 0
+        try:
+            for delivery in deliveries:
+                if done and not self._may_help():
+                    break
+                done += 1
+                self._work(self._first, delivery, wait=False)
+        except BaseException as error:
+            self._fatal(error)
+            raise
+        finally:
+            self._mailbox.release()
+        if done < len(deliveries):
+            self.counters.came_in(done - len(deliveries))  # the others come in by the mailbox
+        return done
+
+    def _may_help(self) -> bool:
+        # While the model's threads are still being measured, its worker's thread has the engine to itself.
+        if self._quick < QUICK_RUNS or self._tune is not None or self._first.guard.wary:
+            return False
+        return all([sink.ready for sink in self._sinks])  # noqa: C419  # mostly one, for which a generator costs more
 
     def release(self, *, finished: bool) -> None:
         """Let go of unfinished windows (their samples come again, unless the source has `finished`) and of the model."""
-        self._intake.close(None if finished else StoppedError("the service stopped inside a window"))
-        self._engine.close()
+        for worker in self._workers:
+            worker.intake.close(None if finished else StoppedError("the service stopped inside a window"))
+            worker.engine.close()
+            worker.guard.close()
 
-    def _work(self, delivery: Delivery) -> None:
+    def _work(self, worker: Worker, delivery: Delivery, *, wait: bool = True) -> None:
+        if worker.thread != (thread := threading.get_ident()):
+            worker.thread = thread
+            worker.guard.attach()
         frame = delivery.frame
         taken = time.monotonic()
         start = time.perf_counter()
         try:
             if frame.error is not None:
                 raise frame.error
-            jobs = self._intake.feed(delivery)
+            worker.guard.enter(frame.id, frame.payload)
+            jobs = worker.intake.feed(delivery)
         except Exception as error:  # noqa: BLE001  # whatever one input does, the next one has nothing to do with it
             results = [self._failure(frame, error)]
             settles: list[Settle] = [delivery.settle]
         else:
             processed = (time.perf_counter() - start) * 1e3
-            wait = max(0.0, (taken - frame.captured.monotonic) * 1e3) if frame.captured.by == "arrival" else 0.0
-            results = [self._result(job, wait, processed) for job in jobs]
+            waited = max(0.0, (taken - frame.captured.monotonic) * 1e3) if frame.captured.by == "arrival" else 0.0
+            results = []
+            for nth, job in enumerate(jobs):
+                results.append(self._result(worker, job, waited, processed))
+                if job.error is None and job.window is not None and results[nth].quarantined:
+                    worker.intake.spoil(jobs, nth)
             settles = [job.settle for job in jobs]
+        worker.guard.leave()
         if delivery.reply is not None:
             delivery.reply(results)
         for result, settle in zip(results, settles, strict=True):
-            self._send(result, settle)
+            self._send(result, settle, wait)
+        self._quick = self._quick + 1 if time.perf_counter() - start < QUICK_S else 0
 
-    def _result(self, job: Job, wait: float, processed: float) -> Result:
+    def _result(self, worker: Worker, job: Job, waited: float, processed: float) -> Result:
+        if worker.beat is not None:
+            worker.beat.tick()  # one payload may complete many windows
         try:
+            if job.error is not None:
+                raise job.error
+            if job.window is not None:
+                # Until here the last sample was marked; from here on all of the window is to blame.
+                worker.guard.enter(job.frame.id, next(iter(job.inputs.values())))
             start = time.perf_counter()
-            outputs = self._engine.run(job.inputs)
+            outputs = worker.engine.run(job.inputs)
             invoked = time.perf_counter()
-            decoded = self._decode(outputs, job.geometry)
+            decoded = worker.decode(outputs, job.geometry)
             done = time.perf_counter()
         except Exception as error:  # noqa: BLE001  # as above
             return self._failure(job.frame, error, job)
         if (recorder := self._recorder) is not None:
             recorder.offer(job.inputs)
         timings = {
-            "wait": wait,
+            "wait": waited,
             "process": processed,
             "invoke": (invoked - start) * 1e3,
             "decode": (done - invoked) * 1e3,
         }
-        return self._make(job.frame, job, decoded=decoded, outputs=outputs, timings=timings)
+        frame = job.frame
+        return Result(
+            frame.id,
+            self._device,
+            self.name,
+            frame.source,
+            frame.captured,
+            self._model,
+            self._type,
+            decoded,
+            outputs,
+            timings,
+            job.key,
+            job.window,
+        )
 
     def _failure(self, frame: Frame, error: Exception, job: Job | None = None) -> Result:
         if isinstance(error, (InputError, InferenceError)):
-            reason = ResultError(error.code, str(error))
+            reason = ResultError(error.code, str(error), self._beginning(frame))
         else:
             code = error.code if isinstance(error, EdgeServeError) else "internal"
-            reason = ResultError(code, f"{type(error).__name__}: {error}")
+            reason = ResultError(code, f"{type(error).__name__}: {error}", self._beginning(frame))
             log.error("%s: frame %s: unexpected error", self.name, frame.id, exc_info=error)
         self.counters.failed(reason.code)
         log.debug("%s: frame %s: %s", self.name, frame.id, reason.message)
-        return self._make(frame, job, error=reason)
-
-    def _make(self, frame: Frame, job: Job | None, **fields: object) -> Result:
         return Result(
-            frame_id=frame.id,
-            device=self._device,
-            pipeline=self.name,
-            source=frame.source,
-            captured=frame.captured,
-            model=self._model,
-            type=self._type,
+            frame.id,
+            self._device,
+            self.name,
+            frame.source,
+            frame.captured,
+            self._model,
+            self._type,
+            None,
             key=job.key if job is not None else None,
             window=job.window if job is not None else None,
-            **{"decoded": None, **fields},  # type: ignore[arg-type]  # exactly Result's remaining fields
+            error=reason,
         )
 
-    def _send(self, result: Result, settle: Settle) -> None:
+    def _beginning(self, frame: Frame) -> bytes | None:
+        """Give as much of the payload as error results shall carry."""
+        if not self._excerpt or frame.error is not None:
+            return None
+        payload = frame.payload
+        if hasattr(payload, "reshape"):  # an array, of which no more than that is copied
+            payload = payload.reshape(-1)[: self._excerpt].tobytes()
+        return bytes(payload[: self._excerpt])
+
+    def _send(self, result: Result, settle: Settle, wait: bool) -> None:
         whole = _Outcome(len(self._sinks), settle, result.captured, self.counters)
         if not self._sinks:
             whole.finish()
         for sink in self._sinks:
-            sink.submit(result, whole.one)
+            sink.submit(result, whole.one, wait=wait)
 
 
 class _Outcome:
@@ -208,16 +325,19 @@ class _Outcome:
         self._captured = captured
         self._counters = counters
         self._error: Exception | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock() if sinks > 1 else None
 
     def one(self, error: Exception | None) -> None:
         """Note the outcome at one sink."""
-        with self._lock:
-            self._left -= 1
-            self._error = self._error or error
-            last = self._left == 0
-        if last:
-            self.finish()
+        if self._lock is None:
+            self._error = error
+        else:
+            with self._lock:
+                self._left -= 1
+                self._error = self._error or error
+                if self._left:
+                    return
+        self.finish()
 
     def finish(self) -> None:
         """Settle the input."""

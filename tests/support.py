@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -487,10 +488,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **extra}
 
 
+def state_home(config: Path) -> str:
+    """Give a folder for the state of who says nothing about it: one service at a time may have it."""
+    return str(config.parent / f"{config.stem}.state")
+
+
 def edge_serve(*arguments: str | Path, timeout: float = 60.0, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run a command of edge-serve to its end."""
     command = [sys.executable, "-m", "edge_serve", *map(str, arguments)]
-    options.setdefault("env", environment())
+    files = [Path(argument) for argument in arguments if str(argument).endswith(".toml")]
+    options.setdefault("env", environment(**({"XDG_STATE_HOME": state_home(files[0])} if files else {})))
     if "input" not in options:
         options.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.run(command, capture_output=True, timeout=timeout, **options)
@@ -517,7 +524,7 @@ class Service:
                 stdin=stdin,
                 stdout=out if stdout is None else stdout,
                 stderr=log,
-                env=environment(**(env or {})),
+                env=environment(**{"XDG_STATE_HOME": state_home(config), **(env or {})}),
                 preexec_fn=before,  # noqa: PLW1509  # no lock is taken in there
             )
 
@@ -591,11 +598,20 @@ class Service:
             error.add_note(f"the service's log:\n{self.text}") if hasattr(error, "add_note") else None
 
 
+_states: set[Path] = set()
+
+
 class InProcess:
     """A configuration that runs in a thread of the test: all of the service but its process and its signals."""
 
     def __init__(self, config: Path) -> None:
         self.config: Config = load(config)
+        self._state = Path(state_home(config))
+        while self._state in _states:  # another one with this configuration runs, which only tests do
+            self._state = self._state.with_suffix(f"{self._state.suffix}x")
+        _states.add(self._state)
+        if "state_dir" not in config.read_text(encoding="utf-8"):
+            self.config = dataclasses.replace(self.config, state_dir=self._state)
         self._ready = threading.Event()
         self.app = App(self.config, self._ready.set)
         self._code: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
@@ -630,6 +646,7 @@ class InProcess:
         """Wait for the end; gives the exit code."""
         outcome = self._code.get(timeout=PATIENCE_S)
         self._thread.join(PATIENCE_S)
+        _states.discard(self._state)
         if isinstance(outcome, BaseException):
             raise outcome
         self._ended = outcome

@@ -8,6 +8,15 @@ COMMANDS = {
     ),
     "compare": ("edge_serve_converters.compare_cli:compare", "Compare two bundles on the same data."),
     "run": ("edge_serve.commands.run:run", "Serve the pipelines of a configuration until a signal."),
+    "status": ("edge_serve.commands.status:status", "Show how the running service is, and what is wrong."),
+    "reload": (
+        "edge_serve.commands.reload:reload",
+        "Let the running service read its configuration again, without losing a message.",
+    ),
+    "spool": (
+        "edge_serve.commands.spool:spool",
+        "Show, export or delete what waits on disk while an upstream is away.",
+    ),
     "check": ("edge_serve.commands.check:check", "Find every mistake of a configuration; no connection is opened."),
     "config": ("edge_serve.commands.config:config", "Write a commented configuration to begin with."),
     "infer": ("edge_serve.commands.infer:infer", "Run a model once on photos, arrays or samples."),
@@ -17,5 +26,6 @@ COMMANDS = {
         "edge_serve.commands.capture:capture",
         "Record what a running pipeline's model sees, as calibration data.",
     ),
+    "service": ("edge_serve.commands.service:service", "Install, remove or look at the systemd service."),
     "demo": ("edge_serve.commands.demo:demo", "Serve the two demo models and check their results."),
 }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edge_serve.config import DEFAULT_FILE, Config
 from edge_serve.errors import EXIT_USAGE, ConfigError, Problem, UsageError
+
+if TYPE_CHECKING:
+    from edge_serve.promise import Promise
 
 
 @click.command(
@@ -30,32 +34,43 @@ Example:
 def check(file: Path, no_models: bool, as_json: bool) -> int:
     """Find every mistake of a configuration; no connection is opened, nothing is served.
 
-    Models are found, their hashes compared and their tensors held against what the configuration says.
+    Models are found, their hashes compared and their tensors held against what the configuration says. Without mistakes it
+    says what each pipeline promises about its messages, and where that ends.
     Exits with 2 if anything is wrong.
     """
     problems: list[Problem] = []
     lines: list[str] = []
+    promises: dict[str, Promise] = {}
     try:
         from edge_serve.app import load
+        from edge_serve.promise import promise
 
         config = load(file)
+        promises = {pipeline.name: promise(config, pipeline) for pipeline in config.pipelines}
         if not no_models:
-            lines, problems = _check_models(config)
+            lines, problems = check_models(config)
     except ConfigError as error:
         problems = error.problems
     if as_json:
         found = [{"key": problem.key, "what": problem.what, "remedy": problem.remedy} for problem in problems]
-        click.echo(json.dumps({"v": 1, "file": str(file), "ok": not problems, "problems": found, "pipelines": lines}))
+        delivery = {name: {"promise": each.text, "notes": each.notes} for name, each in promises.items()}
+        document = {"v": 1, "file": str(file), "ok": not problems, "problems": found, "pipelines": lines}
+        click.echo(json.dumps({**document, "delivery": delivery}))
     elif problems:
         raise ConfigError(str(file), problems)
     else:
         for line in lines:
             click.echo(line)
+        for name, each in promises.items():
+            click.echo(f"{name}: delivery: {each.text}")
+            for note in each.notes:
+                click.echo(f"{name}: note: {note}")
         click.echo(f"{file}: no mistakes")
     return EXIT_USAGE if problems else 0
 
 
-def _check_models(config: Config) -> tuple[list[str], list[Problem]]:
+def check_models(config: Config) -> tuple[list[str], list[Problem]]:
+    """Load all models and hold them against the configuration; gives a line for each pipeline, and what is wrong."""
     from edge_serve.app import find_model, open_engine
     from edge_serve.health import Counters
     from edge_serve.model.interpreter import load_runtime

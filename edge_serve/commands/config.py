@@ -42,6 +42,14 @@ def render(sources: tuple[str, ...], sinks: tuple[str, ...]) -> str:
         "[mqtt]",
         *_keys(configuration.MqttBroker, active={"url"}),
         "",
+        "# What this device says of itself, retained and with a last will; it is on where there is a broker.",
+        "[status]",
+        *_keys(configuration.StatusConfig, active=set()),
+        "",
+        "# Where results wait on disk while their upstream is away.",
+        "[spool]",
+        *_keys(configuration.SpoolConfig, active=set()),
+        "",
         "# One [[pipeline]] for each line from a source through a model to its sinks.",
         "[[pipeline]]",
         *_keys(configuration._PipelineKeys, active={"name"}),
@@ -70,7 +78,8 @@ def _part(kind: Any, name: str, header: str, *, commented: bool) -> list[str]:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     doc = (options.__doc__ or "").splitlines()[0]
-    lines = [header, f'type = "{name}"', *_keys(options, active=required)]
+    common = _keys(configuration._SinkKeys, active=set()) if kind == "sinks" else []
+    lines = [header, f'type = "{name}"', *common, *_keys(options, active=required)]
     if commented:
         lines = [line if line.startswith("#") else f"# {line}" for line in lines]
     return [f"# {doc}", *lines]

@@ -33,11 +33,14 @@ def _configuration() -> str:
     parts = [
         _table("Top level", config._TopKeys),
         _table("`[mqtt]` and `[mqtt.NAME]`", config.MqttBroker),
+        _table("`[status]`", config.StatusConfig),
+        _table("`[spool]`", config.SpoolConfig),
         _table("`[[pipeline]]`", config._PipelineKeys, config.ModelConfig),
         '`[models.NAME]` takes the keys from `model` on, for models that several pipelines use: `model = "NAME"`.',
         _table("`[pipeline.input]`", spec.InputSpec),
         _table("`[pipeline.output]`", spec.OutputSpec),
     ]
+    parts.append(_table("`[[pipeline.sink]]` of any type", config._SinkKeys))
     for kind, header in (("sources", "[pipeline.source]"), ("sinks", "[[pipeline.sink]]")):
         for name in plugins.BUILTIN[kind]:
             options = plugins.load(kind, name).Options  # type: ignore[arg-type]  # one of the two kinds

@@ -68,6 +68,9 @@ def serve(file: Path, log_format: str = "text", *, verbose: bool = False, quiet:
     app = App(load(file))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, app.stop)
+    # A service reads its configuration again; who runs it in a terminal that is closed wants its end; nohup wants neither.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, app.stop if sys.stderr.isatty() else app.hang_up)
     return app.run()
 
 

@@ -131,7 +131,8 @@ def run(models: Path, reference: Path | None, folder: Path, broker: EmbeddedBrok
 
 
 def _write_config(models: Path, folder: Path, broker: EmbeddedBroker | None) -> Path:
-    text = f'schema = 1\ndevice = "{DEVICE}"\n'
+    # A state folder of its own: a service of this user may be running.
+    text = f'schema = 1\ndevice = "{DEVICE}"\nstate_dir = "state"\n'
     text += MQTT_CONFIG.format(url=broker.url) if broker is not None else ""
     text += MOTION_CONFIG.format(models=models)
     if broker is not None:

@@ -12,6 +12,8 @@ from typing import Any
 from edge_serve.errors import ModelError
 
 BUILTIN = ("none", "xnnpack")
+# What runs instead where an input crashed on a delegate: the interpreter's own kernels come last.
+NEXT = {"xnnpack": "none"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ def choose(name: str) -> str:
     if name not in BUILTIN:
         raise ModelError(f"unknown delegate {name!r}; known: auto, {', '.join(BUILTIN)}")
     return name
+
+
+def after(name: str) -> str:
+    """Give the delegate that is next in line when an input crashed on this one; the last one is its own next."""
+    return NEXT.get(name, name)
 
 
 def claims(interpreter: Any) -> Claims:

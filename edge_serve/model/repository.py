@@ -10,7 +10,6 @@ from pathlib import Path
 from edge_serve.bundle import MANIFEST, Bundle
 from edge_serve.errors import ModelError
 from edge_serve.model.interpreter import check_file
-from edge_serve.model.metadata import read_metadata
 from edge_serve.spec import InputSpec, OutputSpec
 
 log = logging.getLogger(__name__)
@@ -127,6 +126,8 @@ def _open(folder: Path, number: int | None, variant: str | None) -> ModelVersion
 def _bare(name: str, number: int | None, file: Path) -> ModelVersion:
     """Take a file without a manifest: its own metadata, if it has any, say what its inputs and outputs mean."""
     check_file(file)
+    from edge_serve.model.metadata import read_metadata  # bundles do without
+
     found = read_metadata(file)
     if found is None:
         return ModelVersion(name, number, ONLY_VARIANT, file)

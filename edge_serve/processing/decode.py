@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,14 +52,33 @@ def render_tensors(tensors: Mapping[str, Array], outputs: Mapping[str, TensorSpe
     """Give {"tensors": {name: {"dtype", "shape", "data"}}}; quantized outputs as real numbers, NaN and infinity as null."""
     rendered = {}
     for name, raw in tensors.items():
-        values = dequantize(raw, outputs[name])
-        # float32 printed as float64 shows digits that the tensor never had.
-        short = values.dtype.kind == "f" and values.dtype.itemsize < 8
-        data: Any = _shorten(values).tolist() if short else values.tolist()
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            data = _null_non_finite(data)
-        rendered[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": data}
+        spec = outputs[name]
+        values = raw if spec.scale is None else dequantize(raw, spec)
+        rendered[name] = {"dtype": _name(values.dtype), "shape": list(values.shape), "data": _numbers(values)}
     return {"tensors": rendered}
+
+
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """Give a dtype's name; numpy makes it anew each time, which takes longer than reading a small tensor."""
+    return str(dtype)
+
+
+def _numbers(values: Array) -> Any:
+    """Give an array as nested lists of JSON's numbers."""
+    dtype = values.dtype
+    if dtype.kind != "f":
+        return values.tolist()
+    if values.size == 1:
+        # What a regression gives; numpy's functions take longer for one number than all that is done with it.
+        number = float(str(values.reshape(-1)[0])) if dtype.itemsize < 8 else float(values.reshape(-1)[0])
+        data: Any = number if math.isfinite(number) else None
+        for _ in values.shape:
+            data = [data]
+        return data
+    # float32 printed as float64 shows digits that the tensor never had.
+    data = _shorten(values).tolist() if dtype.itemsize < 8 else values.tolist()
+    return data if np.isfinite(values).all() else _null_non_finite(data)
 
 
 def _shorten(values: Array) -> Any:

@@ -6,7 +6,8 @@ One payload is one job (pictures, tensors), or a sample that completes a window 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +38,8 @@ class Job:
     geometry: Geometry | None = None
     window: Window | None = None
     key: str | None = None
+    error: Exception | None = None
+    """Set where it shall not be run, but answered with this."""
 
 
 class Intake(Protocol):
@@ -44,6 +47,10 @@ class Intake(Protocol):
 
     def feed(self, delivery: Delivery) -> list[Job]:
         """Take a delivery; whoever gets the jobs settles them, the intake settles what is in none."""
+        ...
+
+    def spoil(self, jobs: Sequence[Job], nth: int) -> None:
+        """Take note that a job is quarantined: what shares samples with it would kill the process as well."""
         ...
 
     def warm(self) -> None:
@@ -67,6 +74,13 @@ class SingleIntake:
         self._tensors = tensors.TensorDecoder(inputs)
         self._image: ImageProcessor | None = None
         self._image_input = ""
+        self._raw_bytes = -1
+        """The size of a raw tensor that is taken as it is, without a look at all that else it might be; -1: none is."""
+        if len(inputs) == 1:
+            self._raw_input, raw = next(iter(inputs.items()))
+            self._raw_dtype, self._raw_shape = np.dtype(raw.dtype).newbyteorder("<"), raw.shape
+            if -1 not in raw.shape and self._raw_dtype.isnative:
+                self._raw_bytes = math.prod(raw.shape) * self._raw_dtype.itemsize
         if spec.kind == "image":
             from edge_serve.processing.image import ImageProcessor  # Pillow only where there are pictures
 
@@ -77,8 +91,17 @@ class SingleIntake:
 
     def feed(self, delivery: Delivery) -> list[Job]:
         """Decode the payload; InputError if it is not what the pipeline takes."""
+        frame = delivery.frame
+        payload = frame.payload
+        if type(payload) is bytes and len(payload) == self._raw_bytes and self._is_raw(payload, frame.content_type):
+            array = np.frombuffer(payload, self._raw_dtype).reshape(self._raw_shape)
+            return [Job(frame, {self._raw_input: array}, delivery.settle)]
         frame, inputs, geometry = self.decode(delivery.frame)
         return [Job(frame, inputs, delivery.settle, geometry)]
+
+    def _is_raw(self, payload: bytes, declared: str | None) -> bool:
+        declared = declared or self._spec.content_type
+        return declared == tensors.OCTETS or (not declared and tensors.must_be_raw(payload))
 
     def decode(self, frame: Frame) -> tuple[Frame, dict[str, Array], Geometry | None]:
         """Give the frame (with the id and time that its payload may say), the model's inputs and the picture's geometry."""
@@ -116,6 +139,9 @@ class SingleIntake:
         assert self._image is not None
         pixels, geometry = self._image.from_pixels(array)
         return {self._image_input: pixels}, geometry
+
+    def spoil(self, jobs: Sequence[Job], nth: int) -> None:
+        """No two jobs have anything in common."""
 
     def warm(self) -> None:
         """Import the decoders of pictures."""

@@ -10,6 +10,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ KNOWN_TYPES = (JPEG, PNG, JSON, OCTETS, NPY, NPZ, CSV)
 
 _MAGIC = ((b"\xff\xd8\xff", JPEG), (b"\x89PNG\r\n\x1a\n", PNG), (b"\x93NUMPY", NPY), (b"PK\x03\x04", NPZ))
 _JSON_STARTS = frozenset(b"[{-0123456789 \t\r\n")
+# Whatever begins otherwise is none of them.
+_TELLING = _JSON_STARTS | {magic[0] for magic, _ in _MAGIC}
 # Unpacked .npz members may be this many times as large as the payload; real sensor data packs far less well.
 MAX_NPZ_RATIO = 100
 # And never more than the largest payload that can be configured.
@@ -49,11 +52,18 @@ def content_type(payload: bytes | bytearray | memoryview, declared: str | None, 
             if kind not in KNOWN_TYPES:
                 raise InputError(f"content type {kind!r} is not supported; send one of {', '.join(KNOWN_TYPES)}")
             return kind
+    if payload and must_be_raw(payload):
+        return OCTETS
     head = bytes(payload[:8])
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
     return JSON if head and head[0] in _JSON_STARTS and _is_text(payload) else OCTETS
+
+
+def must_be_raw(payload: bytes | bytearray | memoryview) -> bool:
+    """Say whether the first byte of a payload already rules out all but a raw tensor."""
+    return payload[0] not in _TELLING
 
 
 def _is_text(payload: bytes | bytearray | memoryview) -> bool:
@@ -161,7 +171,8 @@ def fit(array: Array, spec: TensorSpec) -> Array:
     if shaped.dtype.kind == "f" and spec.dtype != "bool" and np.dtype(spec.dtype).kind in "iu":
         with np.errstate(invalid="ignore"):
             whole = shaped.astype(spec.dtype)
-        if not np.array_equal(whole, shaped):
+            same = np.array_equal(whole, shaped)
+        if not same:
             raise InputError(
                 f"input {spec.name!r} takes {spec.dtype}; the values have fractions or are out of its range"
             )
@@ -172,7 +183,7 @@ def fit(array: Array, spec: TensorSpec) -> Array:
             raise InputError(
                 f"input {spec.name!r} takes {spec.dtype} ({limits.min}..{limits.max}); a value is out of that range"
             )
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a signalling NaN stays one
         cast = shaped.astype(spec.dtype, order="C")
     if cast.dtype.kind == "f" and not np.isfinite(cast).all() and np.isfinite(shaped).all():
         raise InputError(f"input {spec.name!r} takes {spec.dtype}; a value is too large for that")
@@ -203,15 +214,20 @@ def _reshape(array: Array, spec: TensorSpec) -> Array:
 
 def from_bytes(payload: bytes | bytearray | memoryview, spec: TensorSpec) -> Array:
     """Read a raw little-endian tensor of exactly the input's size; a dynamic batch may be any whole number."""
-    dtype = np.dtype(spec.dtype).newbyteorder("<")
-    fixed = math.prod(size for size in spec.shape if size != -1) * dtype.itemsize
-    dynamic = spec.shape.count(-1)
+    dtype, fixed, dynamic = _layout(spec.dtype, spec.shape)
     if dynamic > 1 or len(payload) == 0 or (len(payload) != fixed if dynamic == 0 else len(payload) % fixed):
         size = f"{fixed} bytes" if dynamic == 0 else f"a multiple of {fixed} bytes"
         raise InputError(
             f"input {spec.name!r} takes {size} (shape {list(spec.shape)}, {spec.dtype}, little-endian); the payload has {len(payload)}"
         )
     return np.frombuffer(payload, dtype).reshape(spec.shape).astype(spec.dtype, copy=False)
+
+
+@lru_cache
+def _layout(name: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int, int]:
+    """Give an input's dtype as little-endian, its bytes (of one step of the dynamic dimension) and its dynamic dimensions."""
+    dtype = np.dtype(name).newbyteorder("<")
+    return dtype, math.prod(size for size in shape if size != -1) * dtype.itemsize, shape.count(-1)
 
 
 def from_numbers(value: Any, spec: TensorSpec) -> Array:

@@ -11,13 +11,13 @@ import dataclasses
 import io
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import InputError, ModelError, TooLargeError
+from edge_serve.errors import InputError, ModelError, QuarantinedError, TooLargeError
 from edge_serve.frame import Capture, Delivery, Frame, Settle, Window
 from edge_serve.health import Counters
 from edge_serve.processing import tensor as tensors
@@ -206,6 +206,21 @@ class WindowIntake:
             held.waiting -= 1
             due += self._due(held)
         return due
+
+    def spoil(self, jobs: Sequence[Job], nth: int) -> None:
+        """Let go of the samples of a quarantined window: every later window with one of them would be no better.
+
+        The rest of the payload's windows are not run as far as they overlap with it, and the key begins a new window.
+        """
+        overlapping = (self.length - 1) // self.hop
+        for later in jobs[nth + 1 : nth + 1 + overlapping]:
+            later.error = later.error or QuarantinedError("this window shares samples with one that is quarantined")
+        due: list[tuple[Settle, Exception | None]] = []
+        with self._lock:
+            key = jobs[nth].key
+            if key in self._series and len(jobs) - nth <= overlapping:
+                due = self._forget(key, "quarantined") + self._early()
+        _settle_all(due)
 
     def warm(self) -> None:
         """The first sample costs no more than others."""

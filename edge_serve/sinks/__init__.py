@@ -1,6 +1,9 @@
 """Sinks: where results go. A sink connects, sends, and closes; the runner bounds, repeats and reconnects.
 
-A plug-in is a class with these members, registered under the entry point group ``edge_serve.sinks``.
+A plug-in is a class with these members, registered under the entry point group ``edge_serve.sinks``. Two more are optional:
+``prompt``, true where ``done`` always comes from a thread of the sink's own, outside of ``send`` and with no lock held (then what
+follows a success runs there); and an attribute ``on_lost``, which the runner sets to a function of one argument that tells of a
+connection's loss while nothing is on the way.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ from edge_serve.config import Config, Wiring
 from edge_serve.errors import Problem
 from edge_serve.frame import Result
 from edge_serve.health import Counters
+from edge_serve.spool.row import Encoded
+
+__all__ = ["SYNCHRONOUS", "Done", "Encoded", "RejectedError", "Sink", "SinkContext", "SpoolingSink"]
 
 # The window of a sink whose results are safe when `send` returns.
 SYNCHRONOUS = 256
@@ -62,6 +68,26 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Let go of the connection; may be called twice."""
+        ...
+
+
+class SpoolingSink(Sink, Protocol):
+    """A sink whose results can wait on disk while the other side is away; others hold their pipeline back then.
+
+    What it sends of a result is rendered when that goes to the spool, and sent as it is later, by another process too.
+    """
+
+    @property
+    def target(self) -> str:
+        """Name where results go, as the configuration does: results wait for this, whatever else changes."""
+        ...
+
+    def encode(self, result: Result) -> Encoded:
+        """Render a result in the bytes that are sent. Called from any thread, connected or not."""
+        ...
+
+    def send_encoded(self, content: Encoded, done: Done) -> None:
+        """Send what `encode` has given, under the terms of `send`."""
         ...
 
 

@@ -10,7 +10,7 @@ from edge_serve.config import Wiring
 from edge_serve.errors import Problem, SendError, UnavailableError
 from edge_serve.frame import Result
 from edge_serve.schema import join, option
-from edge_serve.sinks import SYNCHRONOUS, Done, SinkContext
+from edge_serve.sinks import SYNCHRONOUS, Done, Encoded, SinkContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,24 @@ class FileSink:
             self.close()
             raise UnavailableError(f"{self._path}: cannot be opened: {error.strerror}") from error
 
+    @property
+    def target(self) -> str:
+        """Give the path as it is configured."""
+        return self._options.path
+
+    def encode(self, result: Result) -> Encoded:
+        """Render the line, without its end."""
+        return Encoded(result.frame_id, result.to_json())
+
     def send(self, result: Result, done: Done) -> None:
         """Append one line."""
-        line = result.to_json() + b"\n"
+        self._append(result.to_json() + b"\n", done)
+
+    def send_encoded(self, content: Encoded, done: Done) -> None:
+        """Append a line that has waited."""
+        self._append(content.body + b"\n", done)
+
+    def _append(self, line: bytes, done: Done) -> None:
         if self._fd is None:
             raise SendError(f"{self._path}: is not open")
         try:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edge_serve.config import Wiring
 from edge_serve.errors import Problem, SendError
 from edge_serve.frame import Result
+from edge_serve.mqtt_packets import user_property
 from edge_serve.schema import join, option
-from edge_serve.sinks import Done, RejectedError, SinkContext
+from edge_serve.sinks import Done, Encoded, RejectedError, SinkContext
 from edge_serve.topics import topic_matches
 
 if TYPE_CHECKING:
     from edge_serve.mqtt import Connection
+    from edge_serve.mqtt_packets import Envelope
 
 PLACEHOLDERS = ("device", "pipeline")
 DEFAULT_TOPIC = "edge-serve/{device}/{pipeline}/result"
@@ -44,11 +47,16 @@ class MqttSink:
         self._options = options
         self._context = context
         self._topic = fill(options.topic, context.config.device, context.pipeline)
-        self._lock = threading.Lock()
         self._connection: Connection | None = None
-        self._waiting: dict[int, Done] = {}
-        self._early: dict[int, Exception | None] = {}
-        self._lost: Exception | None = None
+        self._envelope: Envelope | None = None
+        self._names_ids = False
+        self.on_lost: Callable[[Exception], None] | None = None
+        """Called when the connection is lost, whether or not anything was on the way (the runner sets this)."""
+
+    @property
+    def prompt(self) -> bool:
+        """Say that `done` comes from the network thread, never from inside `send`, and with no lock held."""
+        return self._options.qos == 1
 
     @classmethod
     def check(cls, options: MqttSinkOptions, key: str, wiring: Wiring) -> list[Problem]:
@@ -114,72 +122,67 @@ class MqttSink:
             options.broker,
             options.client_id or f"{context.config.device}.{context.pipeline}.out{suffix}",
             clean=True,
-            on_sent=self._sent,
-            on_lost=self._fail,
+            network=f"{context.config.device}.{context.pipeline}",
+            window=options.max_inflight,
+            on_lost=self._lost,
         )
-        with self._lock:
-            self._lost = None
+        self._envelope = connection.envelope(
+            self._topic,
+            options.qos,
+            retain=options.retain,
+            content_type="application/json",
+            user={"edge-serve": "1"},
+        )
+        self._names_ids = connection.broker.version == "5"
         connection.open()
         self._connection = connection
 
+    def _lost(self, error: Exception) -> None:
+        if self.on_lost is not None:
+            self.on_lost(error)
+
     def send(self, result: Result, done: Done) -> None:
         """Publish one result."""
-        connection = self._connection
-        if connection is None:
+        self._publish(result.frame_id, result.to_json(), done)
+
+    @property
+    def target(self) -> str:
+        """Give topic and broker; the broker by its table's name, so that it may move."""
+        return f"{self._options.broker}:{self._topic}"
+
+    def encode(self, result: Result) -> Encoded:
+        """Render the payload."""
+        return Encoded(result.frame_id, result.to_json())
+
+    def send_encoded(self, content: Encoded, done: Done) -> None:
+        """Publish a result that has waited."""
+        self._publish(content.frame_id, content.body, done)
+
+    def _publish(self, frame_id: str, body: bytes, done: Done) -> None:
+        connection, envelope = self._connection, self._envelope
+        if connection is None or envelope is None:
             raise SendError("not connected")
-        user = {"edge-serve": "1"}
+        further = b""
         # Ids come from outside; brokers disconnect over control characters. The document has the id in any case.
-        if result.frame_id.isprintable():
-            user["id"] = result.frame_id
+        if self._names_ids and frame_id.isprintable():
+            further = user_property("id", frame_id)
         try:
-            packet_id = connection.publish(
-                self._topic,
-                result.to_json(),
-                self._options.qos,
-                content_type="application/json",
-                user=user,
-                retain=self._options.retain,
-            )
+            connection.send(envelope, body, partial(_tell, done), further)
         except SendError as error:
             if getattr(error, "lasting", False):
                 raise RejectedError(str(error)) from error
             raise
-        # The network thread may have been faster; no lock of ours is held while paho holds its own.
-        with self._lock:
-            if packet_id not in self._early:
-                if self._lost is None:
-                    self._waiting[packet_id] = done
-                    return
-                outcome: Exception | None = self._lost
-            else:
-                outcome = self._early.pop(packet_id)
-        done(outcome)
-
-    def _sent(self, packet_id: int, error: Exception | None) -> None:
-        if getattr(error, "lasting", False):
-            error = RejectedError(str(error))
-        with self._lock:
-            done = self._waiting.pop(packet_id, None)
-            if done is None:
-                self._early[packet_id] = error
-                return
-        done(error)
-
-    def _fail(self, error: Exception) -> None:
-        with self._lock:
-            self._lost = error
-            waiting = list(self._waiting.values())
-            self._waiting.clear()
-            self._early.clear()
-        for done in waiting:
-            done(error)
 
     def close(self) -> None:
         """Disconnect; what was not acknowledged is told as failed."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-            self._fail(SendError(f"{connection.address}: closed"))
+
+
+def _tell(done: Done, error: Exception | None) -> None:
+    """Tell the runner a result's fate in its own terms."""
+    done(RejectedError(str(error)) if getattr(error, "lasting", False) else error)
 
 
 def fill(template: str, device: str, pipeline: str) -> str:

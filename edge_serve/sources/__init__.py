@@ -2,6 +2,10 @@
 
 A plug-in is a class with these members, registered under the entry point group ``edge_serve.sources``. It never
 reconnects, retries or sleeps by itself.
+
+A source whose inputs come in a thread of its own may also have ``push_to(offer)``, called once before ``connect``: then it may
+offer deliveries from that thread, ``offer(deliveries) -> int``, which never waits and says how many of the first ones were
+taken (worked off, even, where the model is quick). What was not taken comes by ``read``, before anything later is offered.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from edge_serve.config import Wiring
 from edge_serve.errors import Problem, SendError, TooLargeError, UnavailableError
 from edge_serve.frame import Capture, Delivery, Frame, Result, Settle, parse_time
+from edge_serve.mqtt_packets import MAX_PROPERTIES
 from edge_serve.schema import join, option
 from edge_serve.sources import SourceContext
 from edge_serve.topics import filter_problem, topic_matches
@@ -35,6 +37,9 @@ WINDOWS_ON_THE_WAY = 4
 MAX_RECEIVE_MAXIMUM = 65535
 MAX_ID_LENGTH = 256
 MAX_KEY_LENGTH = 1024
+# So many messages, or bytes of them, are pushed at once at most: as many as a mailbox holds.
+BATCH_ITEMS = 32
+BATCH_BYTES = 1024 * 1024
 # What a waiting message takes besides its bytes (frame, delivery, closures): measured 1350 on CPython 3.11, 64 bits.
 MESSAGE_OVERHEAD = 1536
 
@@ -68,14 +73,19 @@ class MqttSourceOptions:
 
 
 class _Held:
-    """A QoS 1 message that is not acknowledged yet."""
+    """A QoS 1 message that is not acknowledged yet; called to settle it."""
 
-    __slots__ = ("digest", "packet_id", "settled")
+    __slots__ = ("digest", "packet_id", "settled", "source")
 
-    def __init__(self, packet_id: int, digest: bytes) -> None:
+    def __init__(self, source: MqttSource, packet_id: int, digest: bytes) -> None:
+        self.source = source
         self.packet_id = packet_id
         self.digest = digest
         self.settled = False
+
+    def __call__(self, error: Exception | None) -> None:
+        if error is None:  # else it stays unacknowledged, and comes again
+            self.source.settled(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,7 @@ class MqttSource:
         self._context = context
         self._filters = [options.topic] if isinstance(options.topic, str) else list(options.topic)
         self._limit = receive_maximum(options, context.window, context.config.brokers[options.broker].version)
+        self._max_payload = context.config.brokers[options.broker].max_payload
         self._connection: Connection | None = None
         self._lock = threading.Lock()
         self._epoch = 0
@@ -106,6 +117,13 @@ class MqttSource:
         """The same of earlier connections: the broker will deliver it again."""
         self._waiting_bytes = 0
         self._held_back = False
+        self._push: Callable[[Sequence[Delivery]], int] | None = None
+        self._batch: list[Delivery] = []
+        """What came together and is to be pushed together. Only the network thread looks at it, and at its size."""
+        self._batch_bytes = 0
+        self._queued = 0
+        """What was put into the queue, or read from it, and has not reached the mailbox: later messages go behind it."""
+        self._in_hand = False
         self._queue: queue.SimpleQueue[tuple[Delivery, int] | _Lost] = queue.SimpleQueue()
 
     @classmethod
@@ -124,6 +142,18 @@ class MqttSource:
                 problems.append(
                     Problem(join(key, "topic"), f"{pattern!r} is no topic filter", wrong[0].upper() + wrong[1:])
                 )
+        status = wiring.config.status
+        if wiring.config.has_status and status.broker == options.broker:
+            topic = status.topic_of(wiring.config.device)
+            problems.extend(
+                Problem(
+                    join(key, "topic"),
+                    f"{pattern!r} matches this device's own status topic {topic!r}: it would come in as an input",
+                    "Change one of the two, or set enabled = false under [status]",
+                )
+                for pattern in filters
+                if topic_matches(pattern, topic)
+            )
         if options.qos == 2:
             problems.append(
                 Problem(
@@ -175,7 +205,9 @@ class MqttSource:
             options.client_id or f"{self._context.config.device}.{self._context.pipeline}.in",
             clean=options.qos == 0,
             receive_maximum=self._limit if options.qos else None,
+            network=f"{self._context.config.device}.{self._context.pipeline}",
             on_message=self._arrived,
+            on_pause=self._hand_over,
             on_session=self._session,
             on_lost=lambda error: self._lost(_Lost(epoch, error)),
         )
@@ -191,8 +223,19 @@ class MqttSource:
             # What came before has its results first, even if this goes on for hours.
             self._lost(_Lost(epoch, error))
 
+    def push_to(self, offer: Callable[[Sequence[Delivery]], int]) -> None:
+        """Offer deliveries from the network thread, before `connect`; what is not taken comes by `read`, as all else did.
+
+        `offer` takes the first ones of what it is given, without waiting, and says how many.
+        """
+        self._push = offer
+
     def read(self, timeout: float) -> Delivery | None:
-        """Give the next message as a delivery."""
+        """Give the next message as a delivery. Whoever asks again has put the one before into the mailbox."""
+        if self._in_hand:
+            self._in_hand = False
+            with self._lock:
+                self._queued -= 1
         try:
             item = self._queue.get(timeout=timeout)
         except queue.Empty:
@@ -205,6 +248,7 @@ class MqttSource:
         with self._lock:
             self._waiting_bytes -= weight
             self._set_flow()
+        self._in_hand = True
         return delivery
 
     def close(self) -> None:
@@ -214,6 +258,8 @@ class MqttSource:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+        # What was held as being in work has to be: it would be taken for that when it is delivered again.
+        self._hand_over()
 
     def _session(self, present: bool) -> None:
         with self._lock:
@@ -225,6 +271,7 @@ class MqttSource:
             self._up = True
 
     def _lost(self, lost: _Lost) -> None:
+        self._hand_over()
         with self._lock:
             # From here on an acknowledgement would reach nobody: what is settled now is kept, and acknowledged when the
             # broker delivers it again.
@@ -232,7 +279,7 @@ class MqttSource:
         self._queue.put(lost)
 
     def _arrived(self, message: Message) -> None:
-        captured = Capture.now()
+        captured = Capture(time.time(), time.monotonic())
         digest = blake2b(message.topic.encode() + b"\0" + message.payload, digest_size=12).digest()
         # Before it counts as held: a redelivery of what is held is taken for being in work.
         frame = self._frame(message, captured, digest)
@@ -241,16 +288,37 @@ class MqttSource:
             held = self._hold(message, digest)
             if held is None:
                 return
-            settle = self._settler(held)
+            settle = held
         if message.retained and not self._options.retained:
             settle(None)
             return
-        delivery = Delivery(frame, settle, self._replier(message))
+        delivery = Delivery(frame, settle, self._replier(message) if message.response_topic else None)
         weight = MESSAGE_OVERHEAD + message.size
+        if self._push is not None and not self._queued:
+            self._batch.append(delivery)
+            self._batch_bytes += weight
+            if len(self._batch) >= BATCH_ITEMS or self._batch_bytes >= BATCH_BYTES:
+                self._hand_over()
+        else:
+            self._enqueue([(delivery, weight)])
+
+    def _hand_over(self) -> None:
+        """Push what came together; what there is no room for waits in the queue."""
+        batch = self._batch
+        if not batch or self._push is None:
+            return
+        self._batch, self._batch_bytes = [], 0
+        taken = self._push(batch)
+        if taken < len(batch):
+            self._enqueue([(each, MESSAGE_OVERHEAD + _size(each.frame)) for each in batch[taken:]])
+
+    def _enqueue(self, items: Sequence[tuple[Delivery, int]]) -> None:
         with self._lock:
-            self._waiting_bytes += weight
+            self._queued += len(items)
+            self._waiting_bytes += sum(weight for _, weight in items)
             self._set_flow()
-        self._queue.put((delivery, weight))
+        for item in items:
+            self._queue.put(item)
 
     def _set_flow(self) -> None:
         """Hold the broker back while too much waits, until half of that is worked off. The lock is held.
@@ -280,19 +348,15 @@ class MqttSource:
                 self._held[message.packet_id] = known
                 self._acknowledge_in_order()
                 return None
-            held = self._held[message.packet_id] = _Held(message.packet_id, digest)
+            held = self._held[message.packet_id] = _Held(self, message.packet_id, digest)
             self._held.move_to_end(message.packet_id)
             return held
 
-    def _settler(self, held: _Held) -> Settle:
-        def settle(error: Exception | None) -> None:
-            if error is not None:
-                return  # unacknowledged, it comes again
-            with self._lock:
-                held.settled = True
-                self._acknowledge_in_order()
-
-        return settle
+    def settled(self, held: _Held) -> None:
+        """Acknowledge a message, and those behind it that waited for that; from any thread."""
+        with self._lock:
+            held.settled = True
+            self._acknowledge_in_order()
 
     def _acknowledge_in_order(self) -> None:
         """Send the PUBACKs of all settled messages that no unsettled one stands before (MQTT 5, section 4.6)."""
@@ -313,7 +377,7 @@ class MqttSource:
             identity = (
                 f"{message.packet_id:04x}-{digest.hex()}" if message.qos else f"{captured.monotonic:.6f}-{digest.hex()}"
             )
-        said = message.user.get("captured_at")
+        said = message.user.get("captured_at") if message.user else None
         error: Exception | None = None
         if said:
             try:
@@ -321,10 +385,13 @@ class MqttSource:
             except (ValueError, OverflowError):
                 log.debug("%s: user property captured_at is no RFC 3339 time: %.40r", self._context.pipeline, said)
         size = message.skipped or len(message.payload)
-        limit = self._context.config.brokers[self._options.broker].max_payload
-        if size > limit:
+        if size > self._max_payload:
             error = TooLargeError(
-                f"message of {size} bytes on {message.topic} is over the limit of {limit} (max_payload)"
+                f"message of {size} bytes on {message.topic} is over the limit of {self._max_payload} (max_payload)"
+            )
+        elif message.properties:
+            error = TooLargeError(
+                f"message on {message.topic} has {message.properties} bytes of properties; {MAX_PROPERTIES} are the limit"
             )
         elif message.skipped:
             error = TooLargeError(f"message on {message.topic} has more properties than anybody reads: {size} bytes")
@@ -375,6 +442,11 @@ class _Reply:
 
     def __call__(self, results: Sequence[Result]) -> None:
         self.source.answer(self.topic, self.correlation, min(self.qos, 1), results)
+
+
+def _size(frame: Frame) -> int:
+    """Count the bytes that are kept of a message, as Message.size does but for what is used up."""
+    return len(frame.payload) + len(frame.source) + len(frame.content_type or "")
 
 
 def _ignore(_error: Exception | None) -> None:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from edge_serve import framing
+from edge_serve import framing, watchdog
 from edge_serve.config import Wiring
 from edge_serve.errors import EdgeServeError, Problem, ProtocolError, TooLargeError, UnavailableError
 from edge_serve.frame import Capture, Delivery, Frame, Result, parse_time
@@ -157,8 +157,10 @@ class SocketSource:
     # The thread.
 
     def _serve(self) -> None:
+        beat = watchdog.begin(f"socket.{self._context.pipeline}")
         try:
             while not self._stopping:
+                beat.tick()
                 for key, events in self._selector.select(TICK_S):
                     if isinstance(key.data, _Connection):
                         self._ready(key.data, events)
@@ -176,6 +178,7 @@ class SocketSource:
                 if each is not None:
                     each.close()
             self._selector.close()
+            beat.end()
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_AT_ONCE):

@@ -130,6 +130,26 @@ def test_any_id_arrives(sink_case: SinkCase, identity: str) -> None:
     assert [identity_of(each) for each in found] == [identity.encode(errors="replace").decode(), "next"]
 
 
+@pytest.mark.parametrize("identity", ["a", "a\nb", "\ud800", "ß🙂"], ids=["plain", "newline", "surrogate", "text"])
+def test_what_it_renders_for_the_spool_arrives_as_it_is(sink_case: SinkCase, identity: str) -> None:
+    sink = sink_case.make()
+    if not hasattr(sink, "send_encoded"):
+        pytest.skip("its results do not wait on disk")
+    content = sink.encode(make_result(identity))  # type: ignore[attr-defined]
+    assert content.frame_id == identity
+    assert sink.target == sink_case.make().target  # type: ignore[attr-defined]
+    outcomes: list[Exception | None] = []
+    with contextlib.suppress(UnavailableError):
+        sink.send_encoded(content, outcomes.append)
+        pytest.fail("sent without a connection")
+    sink.connect()
+    sink.send_encoded(content, outcomes.append)
+    sink.send(make_result("next"), outcomes.append)
+    first, _ = both(sink_case)
+    sink.close()
+    assert first == content.body, "what has waited is what is sent"
+
+
 def test_a_large_result_arrives_whole(sink_case: SinkCase) -> None:
     outcomes = Outcomes()
     decoded = {"tensors": {"y": {"dtype": "float32", "shape": [300_000], "data": [0.123456] * 300_000}}}

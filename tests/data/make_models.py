@@ -201,6 +201,27 @@ def votes() -> bytes:
     return convert(tensor([1, 3], "x"), serving_default=lambda x: {"votes": tf.cast(x, tf.uint8)})
 
 
+def null() -> bytes:
+    """x [1, 25] float (100 bytes) → first [1, 1] = x[0, 0]: as little work as a model can do, for measurements of all else."""
+    return convert(tensor([1, 25], "x"), serving_default=lambda x: {"first": x[:, :1]})
+
+
+def remainder() -> bytes:
+    """x [1, 2] int32 → rest = x0 mod (x1 - 1). It fails where x1 is 1; the smallest x0 and x1 = 0 kill an x86 process (SIGFPE)."""
+    return convert(
+        tensor([1, 2], "x", tf.int32),
+        serving_default=lambda x: {"rest": tf.math.floormod(x[:, :1], x[:, 1:] - 1)},
+    )
+
+
+def remainders() -> bytes:
+    """events [1, 4, 2] int32 → rest [1, 4], of each sample what `remainder` gives: a window with the same trap."""
+    return convert(
+        tensor([1, 4, 2], "events", tf.int32),
+        serving_default=lambda events: {"rest": tf.math.floormod(events[:, :, 0], events[:, :, 1] - 1)},
+    )
+
+
 def text() -> bytes:
     """words [2] text → the second, then the first."""
     return convert(
@@ -364,6 +385,9 @@ MODELS: dict[str, Callable[[], bytes]] = {
     "lookup": lookup,
     "never": never,
     "votes": votes,
+    "null": null,
+    "remainder": remainder,
+    "remainders": remainders,
     "text": text,
     "flex": flex,
     "custom": custom,

@@ -179,11 +179,22 @@ def test_a_folder_whose_results_cannot_be_sent_ends_with_exit_code_3_when_stoppe
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.png").write_bytes(digit_png(0))
-    sink = 'type = "file"\npath = "/dev/full"\nmax_bytes = 0'
+    sink = 'type = "file"\npath = "/dev/full"\nmax_bytes = 0\n[spool]\nenabled = false'
     with Service(config(tmp_path, 'type = "file"\npath = "photos"', sink, grace=0.5)) as service:
         service.said("started in")
         assert service.terminate() == 3, "that input does not come again"
         assert "1 results are not upstream" in service.text
+
+
+def test_a_folder_whose_results_cannot_be_sent_leaves_them_in_the_spool(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(digit_png(0))
+    sink = 'type = "file"\npath = "/dev/full"\nmax_bytes = 0'
+    with Service(config(tmp_path, 'type = "file"\npath = "photos"', sink, grace=0.5)) as service:
+        service.said("started in")
+        assert service.terminate() == 0, "its result is safe"
+        assert "1 results wait in the spool" in service.text
 
 
 def test_no_standard_input_is_told(tmp_path: Path) -> None:
@@ -268,6 +279,8 @@ def test_a_signal_during_the_start_ends_it(tmp_path: Path) -> None:
         with Service(config(tmp_path), stdin=subprocess.PIPE) as service:
             time.sleep(delay)
             service.process.send_signal(signal.SIGINT)
+            if service.wait() == 1 and "Fatal Python error: init_" in service.text:
+                continue  # the interpreter itself was still starting
             assert service.wait() in (130, -signal.SIGINT), service.text
             if "info" in service.text:
                 assert "Traceback" not in service.text
@@ -278,6 +291,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals,
     # The result goes nowhere, so the first signal waits for the grace.
     source = f'type = "socket"\nlisten = "unix://{short_path}/in.sock"'
     path = config(tmp_path, source, 'type = "file"\npath = "/dev/full"\nmax_bytes = 0', grace=60)
+    path.write_text(path.read_text() + "\n[spool]\nenabled = false\n")
     with Service(path) as service:
         service.ready()
         with Raw.connect(short_path / "in.sock") as client:
@@ -459,8 +473,7 @@ def test_one_pipelines_trouble_is_no_others(several: Service, broker: Mosquitto,
         assert cpu_seconds(several.pid) - used < 0.3, "somebody spins"
     assert several.terminate() == 0
     assert "Traceback" not in several.text
-    assert "stuck: " in several.text
-    assert "not acknowledged" in several.text
+    assert "stuck: 100 results wait in the spool" in several.text
 
 
 # A file as a sink.

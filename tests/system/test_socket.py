@@ -372,7 +372,7 @@ def test_a_client_that_never_reads_its_answers_fills_no_memory(place: Place) -> 
 
 def test_a_client_is_held_back_while_upstream_is_away(place: Place) -> None:
     # /dev/full takes nothing: what comes in waits, and is not read without end.
-    sink = '[[pipeline.sink]]\ntype = "file"\npath = "/dev/full"\nmax_bytes = 0'
+    sink = '[[pipeline.sink]]\ntype = "file"\npath = "/dev/full"\nmax_bytes = 0\n[spool]\nenabled = false'
     with Service(place.config(sink=sink, source="max_inflight = 10")) as service:
         service.ready()
         with place.client() as client:
@@ -671,7 +671,7 @@ def test_when_safe_answers_when_the_result_is_upstream(
     with Proxy(broker.port) as proxy:
         sink = '[[pipeline.sink]]\ntype = "mqtt"\ntopic = "results"'
         path = place.config(source='answer = "when_safe"', sink=sink, grace=0.5)
-        path.write_text(path.read_text() + f'\n[mqtt]\nurl = "{proxy.url}"\n')
+        path.write_text(path.read_text() + f'\n[mqtt]\nurl = "{proxy.url}"\n[spool]\nenabled = false\n')
         with InProcess(path) as service, place.client() as client:
             client.frame(digit_png(0), id="first")
             assert client.answers(1)[0]["id"] == "first"

@@ -159,10 +159,11 @@ def test_check_says_what_each_pipeline_would_be(run: Run, tmp_path: Path) -> Non
     written(sound(), tmp_path)
     outcome = run("check")
     assert outcome.code == EXIT_OK, outcome.err
-    assert outcome.out.splitlines() == [
-        "one: linear (file), tensor in, tensor out, on xnnpack",
-        "edge-serve.toml: no mistakes",
-    ]
+    first, promised, *notes, last = outcome.out.splitlines()
+    assert first == "one: linear (file), tensor in, tensor out, on xnnpack"
+    assert promised.startswith("one: delivery: every input is worked through")
+    assert all(note.startswith("one: note: ") for note in notes)
+    assert last == "edge-serve.toml: no mistakes"
 
 
 def test_check_names_every_mistake_of_the_file(run: Run, tmp_path: Path) -> None:
@@ -240,6 +241,7 @@ def test_check_names_the_mistakes_of_all_models_at_once(run: Run, tmp_path: Path
 def test_check_as_json_is_one_document(run: Run, tmp_path: Path) -> None:
     written(sound(), tmp_path)
     document = run("check", "--json").document
+    assert document.pop("delivery")["one"]["promise"].startswith("every input is worked through")
     assert document == {
         "v": 1,
         "file": "edge-serve.toml",

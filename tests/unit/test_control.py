@@ -200,13 +200,6 @@ def test_a_living_service_keeps_its_socket(served: Control, tmp_path: Path) -> N
     assert ask(tmp_path, "echo").header["type"] == "echo"
 
 
-def test_so_does_one_whose_lock_was_deleted(served: Control, tmp_path: Path) -> None:
-    (tmp_path / control.LOCK).unlink()
-    with pytest.raises(UnavailableError, match="another service"):
-        Control(tmp_path, {})
-    assert ask(tmp_path, "echo").header["type"] == "echo"
-
-
 def test_what_is_no_socket_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("precious")
     with pytest.raises(UnavailableError, match="no socket"):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from edge_serve.frame import Capture, ResultError, Window, format_time, parse_time
+from edge_serve.frame import Capture, ModelInfo, Result, ResultError, Window, format_time, parse_time
 from tests.unit.material import frame, result
 
 
@@ -144,3 +144,37 @@ def test_half_characters_of_file_names_and_json_escapes_never_stop_a_sink() -> N
 def test_a_frame_cannot_be_changed_on_its_way() -> None:
     with pytest.raises(AttributeError):
         frame(b"").payload = b"x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("identity", ["1389-05e8", 'quo"te\\\n\x00\x7f', "ünï ☃", "half \ud800"])
+@pytest.mark.parametrize("key", [None, 'ke"y'])
+@pytest.mark.parametrize(
+    "timings", [{}, {"wait": 0.12345, "process": 12.0, "invoke": 3.6, "decode": 0.0004}, {"own": 1.0, "wait": 2.0}]
+)
+def test_the_written_document_says_what_the_table_says(
+    identity: str, key: str | None, timings: dict[str, float]
+) -> None:
+    result = Result(
+        identity, "press-3", 'pipe"line', "plant/ä", Capture(1_767_225_600.123456, time.monotonic(), "producer"),
+        ModelInfo('mo"del', 3, "int8", "xnnpack", "serving_default"), "tensor",
+        {"tensors": {"y": {"dtype": "float32", "shape": [1, 2], "data": [[0.1, None]]}}}, {}, timings, key,
+    )  # fmt: skip
+    written = json.loads(result.to_json())
+    table = json.loads(json.dumps(result.to_dict(), ensure_ascii=False).encode(errors="replace"))
+    assert list(written) == list(table), "the same names in the same order"
+    assert written.pop("age_ms") == pytest.approx(table.pop("age_ms"), abs=50)
+    assert written == table
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "1970-01-01T00:00:00.000000Z"),
+        (1_767_225_599.9999996, "2026-01-01T00:00:00.000000Z"),
+        (-1.5, "1969-12-31T23:59:58.500000Z"),
+        (1_767_225_600.000001, "2026-01-01T00:00:00.000001Z"),
+    ],
+)
+def test_times_are_written_with_microseconds(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
+    assert format_time(seconds) == text, "again, from what was kept"

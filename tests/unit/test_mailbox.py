@@ -185,3 +185,99 @@ def test_several_threads_on_both_sides_lose_and_double_nothing() -> None:
     for thread in takers:
         thread.join()
     assert sorted(taken) == list(range(900))
+
+
+# Offering, and working in the thread that offers.
+
+
+def test_what_is_offered_is_taken_as_far_as_there_is_room() -> None:
+    mailbox, counters = box(items=3)
+    settled = Settled()
+    deliveries = [settled.delivery(b"") for _ in range(5)]
+    assert mailbox.offer(deliveries) == 3
+    assert mailbox.offer(deliveries[3:]) == 0
+    assert counters.snapshot()["in"] == 3
+    assert [identity(mailbox.take(0)) for _ in range(3)] == [0, 1, 2]
+    assert mailbox.offer(deliveries[3:]) == 2
+    assert settled.order == [], "what was not taken is the offerer's"
+
+
+def test_of_what_is_offered_together_the_newest_wins_where_the_policy_says_so() -> None:
+    mailbox, counters = box("latest")
+    settled = Settled()
+    assert mailbox.offer([settled.delivery(b"") for _ in range(4)]) == 4
+    assert identity(mailbox.take(0)) == 3
+    assert counters.snapshot()["in"] == 4
+    assert counters.snapshot()["dropped"] == {"latest": 3}
+    assert [type(settled.outcomes[number]) for number in range(3)] == [DroppedError] * 3
+
+
+def test_an_offer_to_an_ended_box_is_not_taken() -> None:
+    mailbox, _ = box()
+    mailbox.end()
+    assert mailbox.offer([Settled().delivery(b"")]) == 0
+    assert not mailbox.claim()
+
+
+def test_an_offer_wakes_up_whoever_waits() -> None:
+    mailbox, _ = box()
+    found: list[Delivery | None] = []
+    thread = threading.Thread(target=lambda: found.append(mailbox.take(5)))
+    thread.start()
+    while not mailbox._readers:
+        time.sleep(0.001)
+    assert mailbox.offer([Settled().delivery(b"x")]) == 1
+    thread.join(5)
+    assert identity(found[0]) == 0
+
+
+def test_a_helper_works_before_anything_is_put() -> None:
+    mailbox, counters = box()
+    helped: list[int] = []
+
+    def helper(deliveries: object) -> int:
+        assert mailbox.claim()
+        assert not mailbox.claim(), "there is one claim at a time"
+        assert mailbox.take(0) is None, "nobody else works meanwhile"
+        helped.extend(identity(each) for each in list(deliveries)[:2])  # type: ignore[call-overload]
+        mailbox.release()
+        return 2
+
+    mailbox.helper = helper
+    settled = Settled()
+    assert mailbox.offer([settled.delivery(b"") for _ in range(3)]) == 3
+    assert helped == [0, 1]
+    assert identity(mailbox.take(0)) == 2
+    assert counters.snapshot()["in"] == 1, "a helper counts what it takes"
+
+
+def test_nobody_helps_past_what_waits_or_is_in_work() -> None:
+    mailbox, _ = box()
+    settled = Settled()
+    assert mailbox.claim()
+    mailbox.release()
+    mailbox.offer([settled.delivery(b""), settled.delivery(b"")])
+    assert not mailbox.claim(), "two wait"
+    mailbox.take(0)
+    mailbox.take(0)
+    assert not mailbox.claim(), "two are in work"
+    mailbox.worked()
+    assert not mailbox.claim()
+    mailbox.worked()
+    assert mailbox.claim()
+
+
+def test_a_box_is_not_drained_while_somebody_has_a_claim() -> None:
+    mailbox, _ = box()
+    assert mailbox.claim()
+    mailbox.end()
+    assert not mailbox.drained
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(mailbox.take(5) is None))
+    thread.start()
+    time.sleep(0.02)
+    assert not done
+    mailbox.release()
+    thread.join(5)
+    assert done == [True]
+    assert mailbox.drained

@@ -1,0 +1,356 @@
+"""One pipeline with all its parts: made from its configuration, told apart from what it was before, started.
+
+Everything that differs between two configurations of a pipeline shows in its `traits`: a reload leaves alone what has the
+same ones, and says of the others what has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_serve import plugins, watchdog
+from edge_serve.bundle import MANIFEST
+from edge_serve.config import Config, PartConfig, PipelineConfig
+from edge_serve.errors import ConfigError, Problem, UsageError
+from edge_serve.health import Counters
+from edge_serve.mailbox import Mailbox
+from edge_serve.model import delegate as delegates
+from edge_serve.model import threads
+from edge_serve.model.engine import Engine, with_best_threads
+from edge_serve.model.interpreter import Runtime
+from edge_serve.model.repository import ModelVersion, find
+from edge_serve.pipeline import Pipeline, Worker
+from edge_serve.processing.setup import Meaning, model_info, settle
+from edge_serve.quarantine import Guard, Quarantine
+from edge_serve.runner import SinkRunner, SourceRunner
+from edge_serve.sources import SourceContext
+from edge_serve.spill import sink_runner
+from edge_serve.spool.spooler import Spool
+
+log = logging.getLogger(__name__)
+
+# Options that name files whose contents count as much as their names: certificates, passwords, labels.
+FILE_SUFFIX = "_file"
+# How long a source that was told to stop may take to come back from its last wait.
+READ_END_S = 1.0
+# How long a worker may take to end when nothing holds it up any more.
+WORKER_END_S = 0.5
+# What of a configuration belongs to no pipeline, or is compared by itself.
+APART = frozenset({"path", "device", "state_dir", "runtime", "grace_s", "brokers", "pipelines", "status"})
+# What of a pipeline's configuration is looked at more closely, or counts for nothing: where it stands in the file.
+PARTS = frozenset({"name", "key", "model", "input", "output", "source", "sinks"})
+
+
+def find_model(config: Config, pipeline: PipelineConfig) -> ModelVersion:
+    """Find and check the model version that a pipeline names."""
+    model = pipeline.model
+    return find(
+        config.resolve(model.model),
+        "latest" if model.version is None else model.version,
+        version_labels=model.version_labels,
+        variant=model.variant,
+    )
+
+
+def open_engine(
+    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime, number: int = 1
+) -> tuple[Engine, Meaning]:
+    """Load a pipeline's model on a number of threads and settle what its tensors mean."""
+    model = pipeline.model
+    delegate = model.delegate or "auto"
+    engine = Engine.open(version.file, runtime=runtime, delegate=delegate, threads=number, signature=model.signature)
+    return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
+
+
+def choose_threads(
+    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
+) -> tuple[int, Callable[[Engine], Engine] | None]:
+    """Give the threads to begin with: as configured, else as measured before, else 1 and what measures them.
+
+    Measuring waits until the pipeline is ready: it is done once for each model and board, and no start waits for it.
+    """
+    model, delegate = pipeline.model, pipeline.model.delegate or "auto"
+    if model.threads:
+        return model.threads, None
+    name = threads.key(version.file, runtime, delegate, model.signature)
+    known = threads.recall(config.state_dir, name)
+    if known:
+        return known, None
+
+    def measure(engine: Engine) -> Engine:
+        best = with_best_threads(engine, runtime, delegate)
+        threads.remember(config.state_dir, name, best.threads)
+        log.info("%s: measured: runs best on %d thread%s", pipeline.name, best.threads, "s"[: best.threads != 1])
+        return best
+
+    return 1, measure
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One pipeline with all its parts."""
+
+    name: str
+    config: PipelineConfig
+    traits: Mapping[str, object]
+    """All that it is made of, by the name of the aspect: see `traits`."""
+    pipeline: Pipeline
+    mailbox: Mailbox
+    source: SourceRunner
+    sinks: list[SinkRunner]
+    counters: Counters
+    summary: str
+
+    def start(self) -> None:
+        """Start its threads: they connect, read and work."""
+        self.pipeline.start()
+        for sink in self.sinks:
+            sink.start()
+        self.source.start()
+
+    def settle_in(self) -> None:
+        """Pay what only the first frames would cost otherwise; once it has started."""
+        self.pipeline.warm()
+        self.pipeline.tune()
+
+    @property
+    def ended(self) -> bool:
+        """Say whether all inputs that there will ever be are worked off."""
+        return self.pipeline.join(0)
+
+    @property
+    def connected(self) -> bool:
+        """Say whether source and sinks are connected; a finite source may have come and gone already."""
+        return (self.source.connected.is_set() or self.ended) and all(sink.connected.is_set() for sink in self.sinks)
+
+
+def traits(config: Config, pipeline: PipelineConfig, version: ModelVersion) -> dict[str, object]:
+    """Give all that a pipeline is made of, by aspect; equal values mean that nothing has to be made anew.
+
+    Files that are only named (models, certificates, passwords, labels) count with their size and time of change.
+    """
+    manifest = version.bundle.path / MANIFEST if version.bundle is not None else None
+    found: dict[str, object] = {
+        "model": (
+            dataclasses.replace(pipeline.model, version=None, version_labels=None),
+            pipeline.workers,
+            _stamp(version.file),
+            _stamp(manifest) if manifest is not None else None,
+        ),
+        "input": (pipeline.input, stamps(config, pipeline.input)),
+        "output": (pipeline.output, stamps(config, pipeline.output)),
+        "source": _part(config, pipeline.source),
+        "sinks": tuple(_part(config, sink) for sink in pipeline.sinks),
+    }
+    for field in dataclasses.fields(pipeline):
+        if field.name not in PARTS:
+            found[field.name] = getattr(pipeline, field.name)
+    for name in sorted({part.options.broker for part in (pipeline.source, *pipeline.sinks) if _broker(config, part)}):
+        found[f"broker {name}" if name else "broker"] = (config.brokers[name], stamps(config, config.brokers[name]))
+    for field in dataclasses.fields(config):
+        if field.name not in APART:
+            found[field.name] = getattr(config, field.name)
+    return found
+
+
+def _broker(config: Config, part: PartConfig) -> bool:
+    return getattr(part.options, "broker", None) in config.brokers
+
+
+def _part(config: Config, part: PartConfig) -> tuple[object, ...]:
+    return dataclasses.replace(part, key=""), stamps(config, part.options)
+
+
+def stamps(config: Config, options: Any) -> tuple[object, ...]:
+    """Give the size and time of change of each file that options name, so that a new certificate is seen."""
+    if not dataclasses.is_dataclass(options):
+        return ()
+    named = [getattr(options, field.name) for field in dataclasses.fields(options) if field.name.endswith(FILE_SUFFIX)]
+    return tuple(_stamp(config.resolve(name)) for name in named if isinstance(name, str))
+
+
+def _stamp(path: Path) -> tuple[object, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (str(path), None)
+    return (str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def build(
+    config: Config,
+    pipeline: PipelineConfig,
+    runtime: Runtime,
+    fatal: Callable[[BaseException], None],
+    counters: Counters | None = None,
+    quarantine: Quarantine | None = None,
+    spool: Spool | None = None,
+) -> Line:
+    """Make the parts of a pipeline, nothing of it started; `counters` go on with what another one has counted.
+
+    UsageError names the pipeline and what is wrong.
+    """
+    guard = Guard.unmarked()
+    more: list[Worker] = []
+    try:
+        version = find_model(config, pipeline)
+        made_of = traits(config, pipeline, version)
+        running = pipeline
+        if quarantine is not None:
+            wished = delegates.choose(pipeline.model.delegate or "auto")
+            guard = quarantine.guard(pipeline.name, version.file, wished, delegates.after)
+            # What it is made of stays as configured; an input that crashed on that delegate makes it run on another.
+            model = dataclasses.replace(pipeline.model, delegate=guard.delegate)
+            running = dataclasses.replace(pipeline, model=model)
+        number, tune = choose_threads(config, running, version, runtime)
+        if pipeline.workers > 1 and tune is not None:
+            number, tune = 1, None  # the workers share the cores
+        begun = time.monotonic()
+        engine, meaning = open_engine(config, running, version, runtime, number)
+        opened_s = time.monotonic() - begun
+        counters = counters or Counters()
+        info = model_info(version, engine)
+        decoder = meaning.decoder(engine)
+
+        def describe() -> dict[str, Any]:
+            return {
+                "device": config.device,
+                "pipeline": pipeline.name,
+                "model": {
+                    "name": info.name,
+                    "version": info.version,
+                    "variant": info.variant,
+                    "delegate": info.delegate,
+                },
+                "signature": info.signature,
+                "inputs": {
+                    name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in engine.inputs.items()
+                },
+                "outputs": {
+                    name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in engine.outputs.items()
+                },
+                "input": {"kind": meaning.input.kind},
+                "output": {"type": meaning.output.type},
+            }
+
+        window = 0
+        if meaning.input.kind == "window":
+            window = int(getattr(meaning.intake(engine, counters, None), "length", 0))
+        source_context = SourceContext(config, pipeline.name, counters, describe, window)
+        source = plugins.load("sources", pipeline.source.type)(pipeline.source.options, source_context)
+        intake = meaning.intake(engine, counters, source.hold_limit)
+        mailbox = Mailbox(source.policy, counters)
+        workers = pipeline.workers
+        if workers > 1 and meaning.input.kind == "window":
+            log.info("%s: windows are gathered by one worker; workers = %d is not used", pipeline.name, workers)
+            workers = 1
+        for _ in range(1, workers):
+            another, _meaning = open_engine(config, running, version, runtime, number)
+            slot = Guard.unmarked()
+            if quarantine is not None:
+                slot = quarantine.guard(pipeline.name, version.file, wished, delegates.after)
+            more.append(Worker(another, meaning.intake(another, counters, source.hold_limit), decoder, slot))
+        sinks = [sink_runner(config, pipeline, number, counters, fatal, spool) for number in range(len(pipeline.sinks))]
+        worker = Pipeline(
+            pipeline.name,
+            config.device,
+            info,
+            meaning.output.type or "tensor",
+            engine,
+            intake,
+            decoder,
+            mailbox,
+            sinks,
+            counters,
+            fatal,
+            tune,
+            guard,
+            pipeline.error_payload_bytes,
+            more,
+        )
+        # Loading has run the model twice; no later run takes longer than ten times all of that.
+        worker.silence_s = max(watchdog.SILENCE_S, 10 * opened_s)
+    except UsageError as error:
+        for each in (guard, *(worker.guard for worker in more)):
+            each.close()
+        raise ConfigError(str(config.path), [Problem(pipeline.key, f"pipeline {pipeline.name!r}: {error}")]) from error
+    cores = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
+    which = f" version {info.version}" if info.version is not None else ""
+    summary = (
+        f"model {info.name}{which} ({info.variant}) on {info.delegate} "
+        f"({engine.claims.taken} of {engine.claims.total} operators), {cores}, "
+        + (f"{len(more) + 1} workers, " if more else "")
+        + runtime.name
+    )
+    return Line(
+        pipeline.name,
+        pipeline,
+        made_of,
+        worker,
+        mailbox,
+        SourceRunner(pipeline.name, source, mailbox, counters, fatal),
+        sinks,
+        counters,
+        summary,
+    )
+
+
+def drain(lines: Sequence[Line], deadline: float) -> int:
+    """Stop lines in order: sources stop reading, workers finish, sinks flush, sources close.
+
+    Takes until `deadline` (monotonic seconds) at most; what is not safe by then is not acknowledged. Gives how many results
+    stay unsent whose inputs do not come again.
+    """
+    for line in lines:
+        # All at once: one source's last wait shall not be another one's loss.
+        line.source.halt()
+    # A source that reads ends within its wait. One that is just connecting has nothing that could be waited for.
+    settled = min(deadline, time.monotonic() + READ_END_S)
+    for line in lines:
+        line.source.stop_reading(settled)
+        line.mailbox.end()
+    for line in lines:
+        if not line.pipeline.join(max(0.0, deadline - time.monotonic())):
+            log.warning("%s: frames in work were not finished in time", line.name)
+            line.mailbox.close()
+    lost = sum(flush(line, deadline) for line in lines)
+    for line in lines:
+        release(line, finished=False)
+    return lost
+
+
+def flush(line: Line, deadline: float) -> int:
+    """Stop a line's sinks when they have sent what they have, or at the deadline.
+
+    Gives how many results stay unsent whose inputs do not come again.
+    """
+    lost = 0
+    for sink in line.sinks:
+        left = sink.stop(deadline)
+        if left:
+            log.warning("%s: %d results are not upstream; their inputs were not acknowledged", line.name, left)
+        lost += left if line.source.exhausted.is_set() else 0
+    return lost
+
+
+def release(line: Line, *, finished: bool) -> None:
+    """Let go of a line's model and of its source's connection."""
+    # A worker that waited for a sink goes on when that is stopped, and is done at once.
+    line.pipeline.join(WORKER_END_S)
+    line.pipeline.release(finished=finished)
+    line.source.close()
+    log.info("%s: %s", line.name, _account(line.counters.snapshot()))
+
+
+def _account(counts: dict[str, Any]) -> str:
+    parts = [f"{counts['in']} in", f"{counts['out']} out"]
+    parts += [f"{number} {code}" for code, number in counts["errors"].items()]
+    parts += [f"{number} dropped ({reason})" for reason, number in counts["dropped"].items()]
+    parts += [f"{counts[key]} {key.replace('_', ' ')}" for key in ("settled_early", "retried") if counts[key]]
+    return ", ".join(parts)
