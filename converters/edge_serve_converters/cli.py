@@ -38,8 +38,8 @@ Examples:
   edge-serve convert float.tflite -o models/faces --quantize none --quantize int8 --calibration faces.npz
 
 \b
-Exit codes: 0 all variants were written; 1 a variant failed its checks (the others were written);
-2 wrong use or input; 130 interrupted. Nothing half-written is ever left.
+Exit codes: 0 all variants were written; 1 a variant failed (those that passed were written); 2 wrong use or input, or a
+model that cannot be converted at all; 130 interrupted. Nothing half-written is ever left.
 """
 
 
@@ -307,7 +307,7 @@ def run(request: Request, *, as_json: bool, quiet: bool) -> None:
     from edge_serve_converters import progress  # numpy and Pillow only for real work
     from edge_serve_converters.channel import NO_ROOM, disk_full
     from edge_serve_converters.convert import convert as convert_model
-    from edge_serve_converters.errors import ConversionError
+    from edge_serve_converters.errors import ConversionError, InconvertibleError
     from edge_serve_converters.outcome import report
 
     bar = progress.Bar(sys.stderr, enabled=sys.stderr.isatty() and not (as_json or quiet or request.verbose))
@@ -336,4 +336,5 @@ def run(request: Request, *, as_json: bool, quiet: bool) -> None:
         if outcome.bundle is not None:
             click.echo(str(outcome.bundle))
     if outcome.failures:
-        raise ConversionError(progress.failed(outcome))
+        nothing = not outcome.made and all(failure.inconvertible for failure in outcome.failures)
+        raise (InconvertibleError if nothing else ConversionError)(progress.failed(outcome))

@@ -20,7 +20,7 @@ from edge_serve.spec import OutputSpec
 from edge_serve_converters import meaning, model_file, store, wanted, warmup, writer
 from edge_serve_converters.calibration import Source, Warnings, fingerprint, open_source
 from edge_serve_converters.compare_cli import write_report
-from edge_serve_converters.errors import ConversionError, RefusedError
+from edge_serve_converters.errors import ConversionError, InconvertibleError, RefusedError
 from edge_serve_converters.model_file import Format
 from edge_serve_converters.outcome import Failure, Outcome, recipe, report
 from edge_serve_converters.prepare import GOLDEN_BYTES, prepare
@@ -62,9 +62,12 @@ def convert(request: Request, listener: Listener) -> Outcome:
         outcome.version = writer.choose_version(request.output, request.version, request.force)
         work = Path(temporary)
         started = time.monotonic()
-        prepared = prepare(
-            request, source, truth, model, form, work, warnings, lambda *stage: listener.stage("model", *stage)
-        )
+        try:
+            prepared = prepare(
+                request, source, truth, model, form, work, warnings, lambda *stage: listener.stage("model", *stage)
+            )
+        except ConversionError as error:
+            raise InconvertibleError(str(error), error.log) from error
         asked = wanted.for_source(asked, prepared.weights)
         outcome.seconds["prepare"] = time.monotonic() - started
         first = prepared.signatures[0]
@@ -204,9 +207,10 @@ def _make_all(workshop: Workshop, asked: Sequence[Wanted], outcome: Outcome, lis
         try:
             outcome.made.append(workshop.make(variant, progress))
         except RefusedError as error:
-            outcome.failures.append(Failure(variant.name, str(error), error.log, error.details))
+            outcome.failures.append(Failure(variant.name, str(error), error.log, details=error.details))
         except ConversionError as error:
-            outcome.failures.append(Failure(variant.name, str(error), error.log))
+            inconvertible = isinstance(error, InconvertibleError)
+            outcome.failures.append(Failure(variant.name, str(error), error.log, inconvertible))
         outcome.seconds[variant.name] = time.monotonic() - started
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_serve.errors import GateError
+from edge_serve.errors import EXIT_USAGE, GateError
 
 
 class ConversionError(GateError):
@@ -14,6 +14,12 @@ class ConversionError(GateError):
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(message)
         self.log = log
+
+
+class InconvertibleError(ConversionError):
+    """No file came out at all: the converter refused the model, died, hung or ran out of memory (exit 2, unless others were made)."""
+
+    exit_code = EXIT_USAGE
 
 
 class UnexplainedError(ConversionError):

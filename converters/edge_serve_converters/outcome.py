@@ -27,6 +27,8 @@ class Failure:
     name: str
     reason: str
     log: str
+    inconvertible: bool = False
+    """Whether no file came out at all; else it was refused."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Of one that ran and was refused: quality, gates, layers, first_bad_layer."""
 

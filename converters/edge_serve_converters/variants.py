@@ -20,7 +20,12 @@ from edge_serve.spec import InputSpec, OutputSpec
 from edge_serve_converters import blame, compatibility, edgetpu_compiler, gates, selective, store, trial
 from edge_serve_converters.channel import Report
 from edge_serve_converters.child import ChildCrashedError
-from edge_serve_converters.errors import ConversionError, NothingQuantizedError, RefusedError
+from edge_serve_converters.errors import (
+    ConversionError,
+    InconvertibleError,
+    NothingQuantizedError,
+    RefusedError,
+)
 from edge_serve_converters.flatbuffer import FUSED_OPERATORS, Contents, read_contents
 from edge_serve_converters.gates import Gates
 from edge_serve_converters.layers import Layer
@@ -302,6 +307,8 @@ class Workshop:
                 if error.signal is signal.SIGKILL or not (calibrates and single) or self._open_batch:
                     raise _crashed(wanted, error) from error
                 self._open_batch = True
+            except ConversionError as error:
+                raise InconvertibleError(str(error), error.log) from error
 
     def _finish(self, candidate: Candidate, compared: list[Layer], report: Report) -> Made:
         wanted, seen = candidate.wanted, candidate.seen
@@ -403,11 +410,11 @@ def _name(layer: Layer | None) -> str | None:
     return layer.name if layer is not None else None
 
 
-def _crashed(wanted: Wanted, crash: ChildCrashedError) -> ConversionError:
+def _crashed(wanted: Wanted, crash: ChildCrashedError) -> InconvertibleError:
     if crash.signal is signal.SIGKILL:
-        return ConversionError(f"{crash}; convert on a machine with more memory, or give fewer --samples", crash.log)
+        return InconvertibleError(f"{crash}; convert on a machine with more memory, or give fewer --samples", crash.log)
     advice = "convert to float16 or dynamic, which do not calibrate" if wanted.calibrated else "convert to another mode"
-    return ConversionError(f"{crash} while it converted: a defect of TensorFlow's converter; {advice}", crash.log)
+    return InconvertibleError(f"{crash} while it converted: a defect of TensorFlow's converter; {advice}", crash.log)
 
 
 def _check_types(wanted: Wanted, contents: Contents, left: Sequence[selective.Layer], allow_float: bool) -> None:
