@@ -28,7 +28,7 @@ _KERAS_2_ARGUMENTS: dict[str, dict[str, Any]] = {
 
 def _without_keras_2_arguments(file: Path, target: Path) -> Path:
     """Give an HDF5 file whose layers Keras 3 knows: the file itself, or a copy without such arguments at `target`."""
-    import h5py  # type: ignore[import-untyped]  # it comes with tensorflow
+    import h5py  # comes with keras; only old files need it
 
     with h5py.File(file) as opened:
         text = opened.attrs.get("model_config")
