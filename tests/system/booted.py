@@ -23,6 +23,7 @@ BOOT_S = 30.0
 END_S = 5.0
 # Two builds of the program and a journal.
 SIZE = "1500m"
+OWN = ("/tmp", "/run")
 MASKED = (
     "systemd-networkd-wait-online.service",
     "systemd-networkd.service",
@@ -66,8 +67,9 @@ class Booted:
         """Boot it. `folder` is for the overlay and must be empty; CannotBootError if the machine does not allow it."""
         self._log = folder.with_name(f"{folder.name}.log")
         binds = {ROOT, Path(sys.prefix), Path(sys.base_prefix)}
-        # An overlay shows what lies on the root's own file system.
-        elsewhere = sorted(str(path) for path in binds if path.stat().st_dev != Path("/").stat().st_dev)
+        # An overlay shows what lies on the root's own file system, and the system inside has folders of its own over some.
+        hidden = [path for path in binds if any(path.is_relative_to(own) for own in OWN)]
+        elsewhere = sorted({str(path) for path in binds if path.stat().st_dev != Path("/").stat().st_dev or path in hidden})
         command = [
             "systemd-nspawn",
             "--quiet",
