@@ -69,7 +69,9 @@ class Booted:
         binds = {ROOT, Path(sys.prefix), Path(sys.base_prefix)}
         # An overlay shows what lies on the root's own file system, and the system inside has folders of its own over some.
         hidden = [path for path in binds if any(path.is_relative_to(own) for own in OWN)]
-        elsewhere = sorted({str(path) for path in binds if path.stat().st_dev != Path("/").stat().st_dev or path in hidden})
+        elsewhere = sorted(
+            {str(path) for path in binds if path.stat().st_dev != Path("/").stat().st_dev or path in hidden}
+        )
         command = [
             "systemd-nspawn",
             "--quiet",
