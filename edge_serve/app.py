@@ -35,6 +35,7 @@ from edge_serve.spool.spooler import Spool
 
 if TYPE_CHECKING:
     from edge_serve.control import Control, Peer
+    from edge_serve.health import Trouble
     from edge_serve.reload import Plan
     from edge_serve.status import Publisher, Reporter
 
@@ -82,6 +83,8 @@ class App:
         self._next_ping = 0.0
         self._said: tuple[str, ...] = ()
         self._hangup = False
+        # Why the last reload was refused.
+        self._refused: str | None = None
         self._reloading = threading.Lock()
         self._told: tuple[object, ...] = ()
 
@@ -196,7 +199,7 @@ class App:
 
         assert self._runtime is not None
         spool, lines = self._spool, lambda: self.lines
-        diagnosis = Diagnosis(self.config.state_dir, lines, spool.status, self._quarantine.troubles)
+        diagnosis = Diagnosis(self.config.state_dir, lines, spool.status, self._own_troubles)
         self._reporter = Reporter(self.config.device, self._runtime.name, Health(diagnosis), lines, spool.status)
         self._publish_status()
         if self._instance is None:
@@ -274,12 +277,47 @@ class App:
         state = self._reporter.health.state[0]
         self._notifier.status(f"{state}: {troubles[0].text if troubles else self._summary()}")
 
+    def _own_troubles(self) -> list[Trouble]:
+        """Give what only the whole service knows: inputs that crash, results that nothing sends, a reload that failed."""
+        from edge_serve.health import Trouble
+
+        troubles = list(self._quarantine.troubles())
+        for key, items in self._left_behind().items():
+            text = (
+                f"{items} results wait in the spool for {key}, which the configuration does not name: name it again to send "
+                "them, or take them out with `edge-serve spool export` and `purge`"
+            )
+            troubles.append(Trouble(f"spool.left.{key}", text))
+        if self._refused is not None:
+            text = f"the configuration on disk is not what runs, and the next start may fail: {self._refused}; mend it and reload"
+            troubles.append(Trouble("reload.refused", text, degrades=False, logged=True))
+        return troubles
+
+    def _left_behind(self) -> dict[str, int]:
+        """Count what waits for sinks that are not named any more, as it lies on the disk now: a person may take it out."""
+        from edge_serve.spill import keys
+
+        if not self._spool.left_behind(()):
+            return {}
+        named = keys(self.config)
+        suspects = self._spool.left_behind(named)
+        if not suspects:
+            return {}
+        from edge_serve.spool.look import Reader  # opens the database: only where something is left
+
+        try:
+            with Reader(self._spool.folder) as reader:
+                return {lane.key: lane.items for lane in reader.lanes() if lane.items and lane.key in suspects}
+        except EdgeServeError:
+            return suspects
+
     # Reading the configuration again.
 
     def _reload_for_signal(self) -> None:
         try:
             self.reload()
         except EdgeServeError as error:
+            self._refused = str(error)
             log.error("the configuration is not reloaded, the old one goes on: %s", error)
         except BaseException as error:  # noqa: BLE001  # half of a reload would go on in silence
             self._fatal(error)
@@ -291,6 +329,7 @@ class App:
         try:
             done = self.reload()
         except EdgeServeError as error:
+            self._refused = str(error)
             log.error("the configuration is not reloaded, the old one goes on: %s", error)
             raise
         except BaseException as error:
@@ -311,7 +350,9 @@ class App:
         beat = watchdog.begin("reload", watchdog.LOAD_SILENCE_S)
         try:
             self._notifier.reloading()
-            return self._reload(beat)
+            done = self._reload(beat)
+            self._refused = None
+            return done
         finally:
             beat.end()
             self._reloading.release()

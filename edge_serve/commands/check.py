@@ -49,6 +49,10 @@ def check(file: Path, no_models: bool, as_json: bool) -> int:
         promises = {pipeline.name: promise(config, pipeline) for pipeline in config.pipelines}
         if not no_models:
             lines, problems = check_models(config)
+        if config.state_dir.exists() and not config.state_dir.is_dir():
+            problems.append(
+                Problem("state_dir", f"{config.state_dir} is a file", "Name a folder, or a path that is free")
+            )
     except ConfigError as error:
         problems = error.problems
     if as_json:

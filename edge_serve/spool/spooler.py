@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,8 @@ class Spool:
         self._clock = clock or Clock()
         self._lock = threading.Condition(threading.Lock())
         self._lanes: dict[str, Lane] = {}
+        # What was there at the start for sinks that nobody has named since.
+        self._unnamed: dict[str, int] = {}
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
         self._closing = False
@@ -158,6 +160,12 @@ class Spool:
         if self._trouble:
             return f"the spool cannot be used: {self._trouble}"
         return "the spool is full: results wait for room" if self._full else None
+
+    def left_behind(self, named: Collection[str]) -> dict[str, int]:
+        """Give how many results wait for sinks that are not `named`, by the lanes' keys: nothing sends them."""
+        with self._lock:
+            waiting = {**self._unnamed, **{lane.key: lane.items for lane in self._lanes.values()}}
+        return {key: items for key, items in waiting.items() if items and key not in named}
 
     def flush(self, lane: Lane, deadline: float) -> None:
         """Wait until all that a lane was given is committed, until `deadline` (monotonic seconds) at most."""
@@ -365,6 +373,7 @@ class Spool:
             if record.key in self._lanes:
                 log.info("%s: %d results from before wait in the spool, and go first", record.pipeline, record.items)
             else:
+                self._unnamed[record.key] = record.items
                 log.warning(
                     "spool: %d results wait for %s, which the configuration does not name; they are kept: "
                     "`edge-serve spool export` and `purge` take them out",

@@ -565,6 +565,38 @@ def test_what_could_not_be_finished_comes_again_after_a_reload(
 
 
 @pytest.mark.broker
+def test_results_for_a_sink_that_is_named_no_more_are_told_of_and_leave_when_it_is_named_again(
+    tmp_path: Path, make_broker: Callable[..., Mosquitto]
+) -> None:
+    near, far = make_broker().start(), make_broker().start()
+
+    def now() -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(edge_serve("status", "-c", path, "--json").stdout)
+        return document
+
+    def told() -> bool:
+        return any("the configuration does not name" in text for text in now()["problems"])
+
+    with Proxy(far.port) as uplink:
+        uplink.cut(refuse=True)
+        old = pipeline(sink='broker = "upstream"')
+        path = write(tmp_path, old, url=near.url, upstream=uplink.url)
+        with Service(path) as service, Client(near.port) as client:
+            wait_for((tmp_path / "state" / "control.sock").exists, "it takes commands")
+            wait_for(lambda: "connection lost" in service.text, "upstream is away")
+            client.publish("digits/in/x", digit_png(0))
+            wait_for(lambda: now()["spool"]["items"] == 1, "the result waits")
+            write(tmp_path, old.replace("digits/out", "elsewhere"), url=near.url, upstream=uplink.url)
+            assert reloaded(path)["changed"] == {"digits": ["sinks"]}
+            wait_for(told, "it is told of")
+            write(tmp_path, old, url=near.url, upstream=uplink.url)
+            reloaded(path)
+            uplink.restore()
+            wait_for(lambda: now()["spool"]["items"] == 0, "it has left")
+            assert not told()
+
+
+@pytest.mark.broker
 def test_a_signal_during_a_reload_ends_the_service_in_order(tmp_path: Path, patient: Mosquitto) -> None:
     path = write(tmp_path, pipeline("a"), url=patient.url)
     with Service(path).ready() as first:
