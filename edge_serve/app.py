@@ -294,22 +294,10 @@ class App:
         return troubles
 
     def _left_behind(self) -> dict[str, int]:
-        """Count what waits for sinks that are not named any more, as it lies on the disk now: a person may take it out."""
+        """Count what waits for sinks that are not named any more."""
         from edge_serve.spill import keys
 
-        if not self._spool.left_behind(()):
-            return {}
-        named = keys(self.config)
-        suspects = self._spool.left_behind(named)
-        if not suspects:
-            return {}
-        from edge_serve.spool.look import Reader  # opens the database: only where something is left
-
-        try:
-            with Reader(self._spool.folder) as reader:
-                return {lane.key: lane.items for lane in reader.lanes() if lane.items and lane.key in suspects}
-        except EdgeServeError:
-            return suspects
+        return self._spool.left_behind(keys(self.config)) if self._spool.left_behind(()) else {}
 
     # Reading the configuration again.
 

@@ -87,7 +87,7 @@ class Spool:
         self._clock = clock or Clock()
         self._lock = threading.Condition(threading.Lock())
         self._lanes: dict[str, Lane] = {}
-        # What was there at the start for sinks that nobody has named since.
+        # What lies there for sinks that nobody has named since the start.
         self._unnamed: dict[str, int] = {}
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
@@ -352,6 +352,11 @@ class Spool:
     def _resync(self, store: Store) -> None:
         """Learn from the database what the lanes hold."""
         with self._lock:
+            self._unnamed = {
+                record.key: record.items
+                for record in store.lanes.values()
+                if record.kind != "dead" and record.key not in self._lanes
+            }
             for lane in self._lanes.values():
                 record = _record(store, lane)
                 lane.items = record.items if record is not None else 0
@@ -373,7 +378,6 @@ class Spool:
             if record.key in self._lanes:
                 log.info("%s: %d results from before wait in the spool, and go first", record.pipeline, record.items)
             else:
-                self._unnamed[record.key] = record.items
                 log.warning(
                     "spool: %d results wait for %s, which the configuration does not name; they are kept: "
                     "`edge-serve spool export` and `purge` take them out",
