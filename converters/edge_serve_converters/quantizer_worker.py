@@ -91,7 +91,11 @@ def reference(command: dict[str, Any], report: channel.Report) -> dict[str, Any]
         engine = _open(target, Path(command["model"]), key)
         inputs = store.load(source)
         try:
-            outputs, _ = run_engine(engine, inputs, lambda number, done=done: report("reference", done + number, total))  # type: ignore[misc]
+
+            def step(number: int, before: int = done) -> None:
+                report("reference", before + number, total)
+
+            outputs, _ = run_engine(engine, inputs, step)
         except ConversionError as error:
             raise UsageError(
                 f"the model itself fails on an input of this shape ({error}); check --input-shape"

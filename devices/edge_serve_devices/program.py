@@ -272,7 +272,7 @@ def verify(folder: Path, *, as_nobody: bool) -> None:
             cwd="/",
             env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
             check=False,
-            **options,  # type: ignore[call-overload]
+            **options,  # type: ignore[call-overload]  # user and group, or nothing
         )
     except OSError as error:
         raise ProgramError(f"{folder}/bin/python3 cannot be started: {error.strerror}") from error
