@@ -152,8 +152,9 @@ def test_a_lossless_source_is_held_back_by_a_slow_model(tmp_path: Path, broker: 
             client.publish("in/x", digit_png(0), user={"id": identity}, wait=False)
         wait_for(lambda: service.counts()["in"] >= 5, "the first ones")
         stays(
-            # mosquitto 2.0.11 lets many more out for one acknowledgement; the mailbox takes 32, the rest stays where it came in.
-            lambda: service.counts()["in"] - service.counts()["out"] <= 34,
+            # mosquitto 2.0.11 lets many more out for one acknowledgement; the mailbox takes 32 and the worker has one, the rest
+            # stays where it came in. Results that the broker has yet to acknowledge are no longer held back by anything.
+            lambda: service.counts()["in"] - model.runs <= 33,
             "more came in than the mailbox holds",
             1,
         )
