@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from edge_serve.errors import ConfigError, EdgeServeError, Problem
+from edge_serve.errors import ConfigError, EdgeServeError, Problem, UsageError
 from edge_serve.schema import join, option, read
-from edge_serve.spec import InputSpec, OutputSpec
+from edge_serve.spec import AUTO, DelegateSpec, InputSpec, OutputSpec
 
 SCHEMA = 1
 DEFAULT_FILE = "edge-serve.toml"
@@ -29,7 +29,6 @@ MAX_KEY_PARTS = 64
 _KEY_PART = re.compile(r"""[\w"'-][ \t]*\.""")
 _BETWEEN_KEYS = re.compile(r"[=,{\n]")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DELEGATES = ("auto", "none", "xnnpack")
 SERIAL_FILES = ("/proc/device-tree/serial-number", "/sys/firmware/devicetree/base/serial-number")
 PASSWORD_CREDENTIAL = "mqtt-password"  # noqa: S105  # the name of a credential, not one
 PASSWORD_VARIABLE = "EDGE_SERVE_MQTT_PASSWORD"  # noqa: S105  # likewise
@@ -140,7 +139,26 @@ class ModelConfig:
     signature: str | None = option(
         None, "which signature of the model (default: serving_default)", example="serving_default"
     )
-    delegate: str | None = option(None, 'auto, none or xnnpack (default "auto")', example="auto")
+    delegate: str | dict[str, Any] | None = option(
+        None,
+        "auto (the default) measures what is there; or none, xnnpack, edgetpu, gpu, one of several by its index "
+        '("edgetpu:usb:0"), or any library: { library = "/path/x.so", options = {} }',
+        example="auto",
+    )
+    fallback: tuple[str, ...] | None = option(
+        None,
+        "delegates that may run, in this order, where an explicit `delegate` cannot be had; default: none may, and the "
+        "start fails",
+        example=["xnnpack"],
+    )
+    run_limit_s: float | None = option(
+        None,
+        "seconds that one run may take on a delegate in a process of its own (edgetpu, gpu, libraries) before it counts as "
+        "hung; default: five times what its first runs took, and at least 0.6",
+        example=0.6,
+        low=0.001,
+        high=3600,
+    )
     threads: int | None = option(
         None, "threads of the interpreter; 0 (the default) chooses by measurement", example=0, low=0, high=64
     )
@@ -274,7 +292,7 @@ class Part(Protocol):
         ...
 
 
-Resolver = Callable[[Literal["sources", "sinks"], str], Part]
+Resolver = Callable[[Literal["sources", "sinks", "delegates"], str], Part]
 
 
 def load(path: Path, resolver: Resolver) -> Config:
@@ -373,6 +391,7 @@ def _build(table: dict[str, Any], path: Path, resolver: Resolver, problems: list
                 continue
             problems.extend(resolver(kind, part.type).check(part.options, part.key, wiring))  # type: ignore[arg-type]
         _check_pipeline(config, pipeline, problems)
+        _check_delegates(pipeline, resolver, problems)
         _check_delivery(config, pipeline, resolver, problems)
     return config
 
@@ -551,12 +570,6 @@ def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Pro
                 "Give a bundle (`edge-serve convert` makes one), a .tflite file or the name of a [models.NAME]",
             )
         )
-    if model.delegate is not None and model.delegate not in DELEGATES:
-        problems.append(
-            Problem(
-                join(pipeline.key, "delegate"), f"unknown delegate {model.delegate!r}", f"Known: {', '.join(DELEGATES)}"
-            )
-        )
     if pipeline.input.key == "field" and pipeline.input.key_field is None:
         problems.append(
             Problem(
@@ -573,6 +586,28 @@ def _check_pipeline(config: Config, pipeline: PipelineConfig, problems: list[Pro
                 join(pipeline.key, "output.labels_file"),
                 f"{config.resolve(pipeline.output.labels_file)} does not exist",
                 "Check the path",
+            )
+        )
+
+
+def _check_delegates(pipeline: PipelineConfig, resolver: Resolver, problems: list[Problem]) -> None:
+    model = pipeline.model
+    wished: dict[str, str | dict[str, Any]] = {}
+    if model.delegate is not None and model.delegate != AUTO:
+        wished["delegate"] = model.delegate
+    wished.update({f"fallback[{number}]": name for number, name in enumerate(model.fallback or ())})
+    for key, value in wished.items():
+        try:
+            resolver("delegates", DelegateSpec.parse(value).name)
+        except UsageError as error:
+            text = str(error).replace("unknown type", "unknown delegate")
+            problems.append(Problem(join(pipeline.key, key), text, ""))
+    if model.fallback and model.delegate in (None, AUTO):
+        problems.append(
+            Problem(
+                join(pipeline.key, "fallback"),
+                "goes with an explicit delegate",
+                "Take it out: auto goes on with the next best by itself",
             )
         )
 

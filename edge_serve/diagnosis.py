@@ -16,6 +16,7 @@ from edge_serve import watchdog
 from edge_serve.frame import CLOCK_PLAUSIBLE_AFTER
 from edge_serve.health import Trouble
 from edge_serve.line import Line
+from edge_serve.model import delegate as delegates
 from edge_serve.runner import SinkRunner, SourceRunner
 
 # A broker's restart or a short loss of the network is nothing that somebody should look into.
@@ -78,7 +79,7 @@ class Diagnosis:
                 away += _away(line.name, f"sink {number + 1}" if len(line.sinks) > 1 else "sink", sink, now)
             yield from away
             if f"{line.name}.demoted" not in known:
-                yield from _fallback(line)
+                yield from _delegates(line)
             if self._stalled(line, now) and not away:
                 yield Trouble(
                     f"{line.name}.stalled",
@@ -135,12 +136,19 @@ def _away(name: str, which: str, runner: SourceRunner | SinkRunner, now: float) 
     )
 
 
-def _fallback(line: Line) -> Iterator[Trouble]:
-    wished, runs = line.config.model.delegate or "auto", line.pipeline.model.delegate
-    if wished not in ("auto", "none", runs):
+def _delegates(line: Line) -> Iterator[Trouble]:
+    for trouble in line.pipeline.troubles:
+        yield Trouble(f"{line.name}.delegate", f"{line.name}: {trouble}", logged=True)
+    wished, runs = line.config.model.delegate, line.pipeline.model.delegate
+    if (
+        isinstance(wished, str)
+        and wished not in (delegates.AUTO, "none")
+        and runs == "none"
+        and not line.pipeline.troubles
+    ):
         yield Trouble(
             f"{line.name}.delegate",
-            f"{line.name}: the model runs on {runs}, not on {wished}; `edge-serve inspect` shows what {wished} takes",
+            f"{line.name}: {wished} takes no operator of the model, which runs on none; `edge-serve inspect` shows them",
         )
 
 

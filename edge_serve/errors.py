@@ -5,15 +5,18 @@
     │   ├── ConfigError                the configuration, with every problem found in it
     │   ├── BundleError                a model version on disk is damaged, incomplete or not one
     │   ├── ModelError                 a model that cannot be used as it was asked for (signature, tensors, labels)
+    │   │   └── DelegateError          a delegate that refuses this model, its options, or is none
     │   └── RuntimeMissingError        no TFLite runtime that works here
     ├── GateError                      exit 1: a check, gate or comparison said no
     ├── UnavailableError               exit 3: not now; retrying may help (broker, socket, device, disk)
-    │   └── SendError                  a sink could not deliver this result now
+    │   ├── SendError                  a sink could not deliver this result now
+    │   └── DelegateAwayError          a delegate whose hardware is not there now, or is taken by another process
     ├── GoneError                      exit 3: an end of the pipeline is closed for good (standard output); the run ends
     ├── InputError                     one input is bad; it gets an error result and is settled ("bad_input")
     │   ├── TooLargeError              one input is over its limit ("too_large")
     │   └── QuarantinedError           one input has killed the process before and is not run again ("quarantined")
     ├── InferenceError                 the interpreter failed on one input ("inference_failed")
+    │   └── DelegateFailedError        a delegate hung, died, or gave what is no result: it is of no use until it is opened again
     ├── ProtocolError                  the other end of a connection broke the protocol; that connection is closed
     ├── DroppedError                   a frame that a `latest` mailbox replaced by a newer one
     ├── StoppedError                   the loop stopped before this frame was done
@@ -78,6 +81,10 @@ class ModelError(UsageError):
     """A model cannot be used as it was asked for."""
 
 
+class DelegateError(ModelError):
+    """A delegate cannot be used as it was asked for: its library, its options, or this model."""
+
+
 class RuntimeMissingError(UsageError):
     """No TFLite runtime can be loaded on this machine."""
 
@@ -94,6 +101,10 @@ class UnavailableError(EdgeServeError):
 
 class SendError(UnavailableError):
     """A sink could not deliver a result now; the runner keeps it and tries again."""
+
+
+class DelegateAwayError(UnavailableError):
+    """The hardware of a delegate is not there now, or another process has it."""
 
 
 class GoneError(EdgeServeError):
@@ -125,6 +136,10 @@ class InferenceError(EdgeServeError):
     """The interpreter failed on one input."""
 
     code = "inference_failed"
+
+
+class DelegateFailedError(InferenceError):
+    """A delegate hung, died or gave what is no result; it has to be opened anew before it runs again."""
 
 
 class ProtocolError(EdgeServeError):

@@ -6,14 +6,18 @@ One `Health` is asked by all who want to know: the status topic, `edge-serve sta
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # Ages of this many latest results give the percentiles.
 AGES_KEPT = 1024
+BOARD_FILES = ("/proc/device-tree/model", "/sys/firmware/devicetree/base/model")
+MAX_BOARD = 128
 
 
 class Counters:
@@ -121,3 +125,15 @@ class Health:
         """Give the state as it was found last, and since when, in UTC seconds."""
         with self._lock:
             return self._state, self._since
+
+
+def board() -> str:
+    """Name the board as its device tree does, else the machine's architecture."""
+    for file in BOARD_FILES:
+        try:
+            said = Path(file).read_bytes()[:MAX_BOARD].split(b"\0")[0].decode("utf-8", errors="replace").strip()
+        except OSError:
+            continue
+        if said:
+            return said
+    return os.uname().machine

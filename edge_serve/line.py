@@ -12,19 +12,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_serve import plugins, watchdog
-from edge_serve.bundle import MANIFEST
+from edge_serve.bundle import MANIFEST, TensorSpec
 from edge_serve.config import Config, PartConfig, PipelineConfig
-from edge_serve.errors import ConfigError, Problem, UsageError
-from edge_serve.health import Counters
+from edge_serve.errors import ConfigError, ModelError, Problem, UsageError
+from edge_serve.health import Counters, board
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import delegate as delegates
-from edge_serve.model import threads
-from edge_serve.model.engine import Engine, with_best_threads
+from edge_serve.model.adapted import adapt
+from edge_serve.model.choice import Choice, choose
+from edge_serve.model.delegate import DelegateSpec, Runnable
 from edge_serve.model.interpreter import Runtime
+from edge_serve.model.opening import open_model
 from edge_serve.model.repository import ModelVersion, find
+from edge_serve.model.resilient import ResilientEngine
+from edge_serve.model.trial import Candidate
 from edge_serve.pipeline import Pipeline, Worker
 from edge_serve.processing.setup import Meaning, model_info, settle
 from edge_serve.quarantine import Guard, Quarantine
@@ -32,6 +36,10 @@ from edge_serve.runner import SinkRunner, SourceRunner
 from edge_serve.sources import SourceContext
 from edge_serve.spill import sink_runner
 from edge_serve.spool.spooler import Spool
+
+if TYPE_CHECKING:
+    from edge_serve.processing.decode import Decoder
+    from edge_serve.processing.intake import Intake
 
 log = logging.getLogger(__name__)
 
@@ -58,38 +66,72 @@ def find_model(config: Config, pipeline: PipelineConfig) -> ModelVersion:
     )
 
 
+def delegate_of(pipeline: PipelineConfig) -> DelegateSpec | None:
+    """Give the delegate that a pipeline asks for; None for the best that is there."""
+    wished = pipeline.model.delegate
+    return None if wished is None or wished == delegates.AUTO else DelegateSpec.parse(wished)
+
+
 def open_engine(
-    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime, number: int = 1
-) -> tuple[Engine, Meaning]:
-    """Load a pipeline's model on a number of threads and settle what its tensors mean."""
+    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
+) -> tuple[Runnable, Meaning]:
+    """Load a pipeline's model on the delegate that it asks for (XNNPACK for auto), and settle what its tensors mean."""
     model = pipeline.model
-    delegate = model.delegate or "auto"
-    engine = Engine.open(version.file, runtime=runtime, delegate=delegate, threads=number, signature=model.signature)
+    spec = delegate_of(pipeline) or DelegateSpec("xnnpack")
+    engine = open_model(version.file, spec, runtime, threads=model.threads or 1, signature=model.signature)
     return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
 
 
-def choose_threads(
-    config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
-) -> tuple[int, Callable[[Engine], Engine] | None]:
-    """Give the threads to begin with: as configured, else as measured before, else 1 and what measures them.
+def choose_model(config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime) -> Choice:
+    """Settle which variant runs on which delegate with how many threads, and who is next in line; see model/choice.py.
 
-    Measuring waits until the pipeline is ready: it is done once for each model and board, and no start waits for it.
+    What was measured before on this board is kept; what was not is tried now, in a child process.
     """
-    model, delegate = pipeline.model, pipeline.model.delegate or "auto"
-    if model.threads:
-        return model.threads, None
-    name = threads.key(version.file, runtime, delegate, model.signature)
-    known = threads.recall(config.state_dir, name)
-    if known:
-        return known, None
+    model = pipeline.model
+    return choose(
+        version,
+        delegate=delegate_of(pipeline),
+        fallback=[DelegateSpec.parse(each) for each in model.fallback or ()],
+        variant=model.variant,
+        threads=model.threads or (1 if pipeline.workers > 1 else 0),  # several workers share the cores
+        runtime=runtime,
+        signature=model.signature,
+        board=board(),
+        folder=config.state_dir,
+    )
 
-    def measure(engine: Engine) -> Engine:
-        best = with_best_threads(engine, runtime, delegate)
-        threads.remember(config.state_dir, name, best.threads)
-        log.info("%s: measured: runs best on %d thread%s", pipeline.name, best.threads, "s"[: best.threads != 1])
-        return best
 
-    return 1, measure
+class _Opener:
+    """Opens candidates so that all of them show the same tensors: those of the variant that was asked for."""
+
+    def __init__(self, version: ModelVersion, pipeline: PipelineConfig, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._signature = pipeline.model.signature
+        self._run_limit_s = pipeline.model.run_limit_s
+        self._face: tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]] | None = None
+        if version.bundle is not None and self._signature is None:
+            variant = version.bundle.manifest.variant(version.variant)
+            if variant.inputs and variant.outputs:
+                self._face = ({x.name: x for x in variant.inputs}, {x.name: x for x in variant.outputs})
+
+    def __call__(self, candidate: Candidate) -> Runnable:
+        """Open a candidate; ModelError or DelegateAwayError."""
+        engine = open_model(
+            candidate.file,
+            candidate.spec,
+            self._runtime,
+            threads=candidate.threads,
+            signature=self._signature,
+            run_limit_s=self._run_limit_s,
+        )
+        if self._face is None or engine.inputs.keys() != self._face[0].keys():
+            # A bare file, or a manifest that knows its tensors by other names: there is one variant, and this is its face.
+            self._face = (engine.inputs, engine.outputs)
+        try:
+            return adapt(engine, *self._face)
+        except ModelError:
+            engine.close()
+            raise
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +148,8 @@ class Line:
     sinks: list[SinkRunner]
     counters: Counters
     summary: str
+    reasons: tuple[str, ...] = ()
+    """Why it runs on what it runs on: what was tried, and what came of it."""
 
     def start(self) -> None:
         """Start its threads: they connect, read and work."""
@@ -117,7 +161,6 @@ class Line:
     def settle_in(self) -> None:
         """Pay what only the first frames would cost otherwise; once it has started."""
         self.pipeline.warm()
-        self.pipeline.tune()
 
     @property
     def ended(self) -> bool:
@@ -196,26 +239,35 @@ def build(
 
     UsageError names the pipeline and what is wrong.
     """
-    guard = Guard.unmarked()
-    more: list[Worker] = []
+    made: list[Worker] = []
     try:
         version = find_model(config, pipeline)
         made_of = traits(config, pipeline, version)
-        running = pipeline
-        if quarantine is not None:
-            wished = delegates.choose(pipeline.model.delegate or "auto")
-            guard = quarantine.guard(pipeline.name, version.file, wished, delegates.after)
-            # What it is made of stays as configured; an input that crashed on that delegate makes it run on another.
-            model = dataclasses.replace(pipeline.model, delegate=guard.delegate)
-            running = dataclasses.replace(pipeline, model=model)
-        number, tune = choose_threads(config, running, version, runtime)
-        if pipeline.workers > 1 and tune is not None:
-            number, tune = 1, None  # the workers share the cores
+        choice = choose_model(config, pipeline, version, runtime)
+        if not choice.cached:
+            for reason in choice.reasons:
+                log.info("%s: %s", pipeline.name, reason)
+        opener = _Opener(version, pipeline, runtime)
+
+        def open_worker() -> tuple[ResilientEngine, Guard]:
+            guard, line, wished = Guard.unmarked(), choice.line, choice.line[0].spec.label
+            if quarantine is not None:
+                # An input that crashed this process on that delegate makes it run on another.
+                guard = quarantine.guard(pipeline.name, version.file, wished, delegates.after)
+                if guard.delegate != wished:
+                    line = (dataclasses.replace(line[0], spec=DelegateSpec(guard.delegate)), *line[1:])
+            try:
+                return ResilientEngine(pipeline.name, line, opener, strict=choice.strict), guard
+            except BaseException:
+                guard.close()
+                raise
+
         begun = time.monotonic()
-        engine, meaning = open_engine(config, running, version, runtime, number)
+        engine, guard = open_worker()
         opened_s = time.monotonic() - begun
+        meaning = settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
         counters = counters or Counters()
-        info = model_info(version, engine)
+        info = model_info(version, engine, engine.candidate.variant)
         decoder = meaning.decoder(engine)
 
         def describe() -> dict[str, Any]:
@@ -225,8 +277,8 @@ def build(
                 "model": {
                     "name": info.name,
                     "version": info.version,
-                    "variant": info.variant,
-                    "delegate": info.delegate,
+                    "variant": made[0].model.variant,
+                    "delegate": made[0].model.delegate,
                 },
                 "signature": info.signature,
                 "inputs": {
@@ -244,48 +296,41 @@ def build(
             window = int(getattr(meaning.intake(engine, counters, None), "length", 0))
         source_context = SourceContext(config, pipeline.name, counters, describe, window)
         source = plugins.load("sources", pipeline.source.type)(pipeline.source.options, source_context)
-        intake = meaning.intake(engine, counters, source.hold_limit)
         mailbox = Mailbox(source.policy, counters)
         workers = pipeline.workers
         if workers > 1 and meaning.input.kind == "window":
             log.info("%s: windows are gathered by one worker; workers = %d is not used", pipeline.name, workers)
             workers = 1
-        for _ in range(1, workers):
-            another, _meaning = open_engine(config, running, version, runtime, number)
-            slot = Guard.unmarked()
-            if quarantine is not None:
-                slot = quarantine.guard(pipeline.name, version.file, wished, delegates.after)
-            more.append(Worker(another, meaning.intake(another, counters, source.hold_limit), decoder, slot))
+        while True:
+            made.append(_worker(version, engine, meaning.intake(engine, counters, source.hold_limit), decoder, guard))
+            if len(made) == workers:
+                break
+            engine, guard = open_worker()
         sinks = [sink_runner(config, pipeline, number, counters, fatal, spool) for number in range(len(pipeline.sinks))]
         worker = Pipeline(
             pipeline.name,
             config.device,
-            info,
             meaning.output.type or "tensor",
-            engine,
-            intake,
-            decoder,
+            made,
             mailbox,
             sinks,
             counters,
             fatal,
-            tune,
-            guard,
             pipeline.error_payload_bytes,
-            more,
         )
         # Loading has run the model twice; no later run takes longer than ten times all of that.
         worker.silence_s = max(watchdog.SILENCE_S, 10 * opened_s)
     except UsageError as error:
-        for each in (guard, *(worker.guard for worker in more)):
-            each.close()
+        for each in made:
+            each.engine.close()
+            each.guard.close()
         raise ConfigError(str(config.path), [Problem(pipeline.key, f"pipeline {pipeline.name!r}: {error}")]) from error
     cores = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
     which = f" version {info.version}" if info.version is not None else ""
     summary = (
         f"model {info.name}{which} ({info.variant}) on {info.delegate} "
         f"({engine.claims.taken} of {engine.claims.total} operators), {cores}, "
-        + (f"{len(more) + 1} workers, " if more else "")
+        + (f"{len(made)} workers, " if len(made) > 1 else "")
         + runtime.name
     )
     return Line(
@@ -298,7 +343,19 @@ def build(
         sinks,
         counters,
         summary,
+        choice.reasons,
     )
+
+
+def _worker(version: ModelVersion, engine: ResilientEngine, intake: Intake, decoder: Decoder, guard: Guard) -> Worker:
+    """Make a worker whose results say what they were made on, also when that changes."""
+    worker = Worker(engine, intake, decoder, guard, model_info(version, engine, engine.candidate.variant))
+
+    def changed(_engine: ResilientEngine) -> None:
+        worker.model = model_info(version, engine, engine.candidate.variant)
+
+    engine.changed = changed
+    return worker
 
 
 def drain(lines: Sequence[Line], deadline: float) -> int:

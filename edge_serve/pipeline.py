@@ -15,7 +15,7 @@ from edge_serve.errors import EdgeServeError, InferenceError, InputError, Stoppe
 from edge_serve.frame import Capture, Delivery, Frame, ModelInfo, Result, ResultError, Settle
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
-from edge_serve.model.engine import Engine
+from edge_serve.model.resilient import ResilientEngine
 from edge_serve.processing.intake import Intake, Job
 from edge_serve.quarantine import Guard
 from edge_serve.runner import SinkRunner
@@ -38,10 +38,12 @@ QUICK_RUNS = 16
 class Worker:
     """What one thread needs to work on inputs. An engine runs in one thread at a time."""
 
-    engine: Engine
+    engine: ResilientEngine
     intake: Intake
     decode: Decoder
     guard: Guard
+    model: ModelInfo
+    """Which model its results are of; says what runs now."""
     beat: watchdog.Heartbeat | None = None
     thread: int = 0
     """The thread (threading.get_ident) that the guard knows as working here."""
@@ -54,33 +56,24 @@ class Pipeline:
         self,
         name: str,
         device: str,
-        model: ModelInfo,
         output_type: str,
-        engine: Engine,
-        intake: Intake,
-        decode: Decoder,
+        workers: Sequence[Worker],
         mailbox: Mailbox,
         sinks: Sequence[SinkRunner],
         counters: Counters,
         fatal: Callable[[BaseException], None],
-        tune: Callable[[Engine], Engine] | None = None,
-        guard: Guard | None = None,
         error_payload_bytes: int = 0,
-        more: Sequence[Worker] = (),
     ) -> None:
-        """`more` are further workers; inputs are then worked on side by side, and results leave as they are done."""
+        """With several workers inputs are worked on side by side, and results leave as they are done."""
         self.name = name
         self.counters = counters
         self._device = device
-        self._model = model
         self._type = output_type
-        self._first = Worker(engine, intake, decode, guard if guard is not None else Guard.unmarked())
-        self._workers = [self._first, *more]
+        self._first = workers[0]
+        self._workers = workers
         self._mailbox = mailbox
         self._sinks = sinks
         self._fatal = fatal
-        self._tune = tune
-        self._tune_now = False
         self._excerpt = error_payload_bytes
         self.silence_s = watchdog.SILENCE_S
         """How long one run of the model may take before the worker counts as stuck."""
@@ -110,10 +103,6 @@ class Pipeline:
         for worker in self._workers:
             worker.intake.warm()
 
-    def tune(self) -> None:
-        """Let the worker measure how its model runs best, before its next frame."""
-        self._tune_now = True
-
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
         """Give the model's inputs by name."""
@@ -121,8 +110,13 @@ class Pipeline:
 
     @property
     def model(self) -> ModelInfo:
-        """Say which model it runs."""
-        return self._model
+        """Say which model it runs, and what it runs on now."""
+        return self._first.model
+
+    @property
+    def troubles(self) -> list[str]:
+        """Say of each worker that does not run on what it should why it does not."""
+        return list(dict.fromkeys(said for worker in self._workers if (said := worker.engine.trouble) is not None))
 
     def record(self, recorder: Recorder) -> bool:
         """Show a recorder all inputs that the model runs on, from now on; False if another one is there."""
@@ -152,9 +146,6 @@ class Pipeline:
             while True:
                 delivery = mailbox.take(TICK_S)
                 beat.tick()
-                if self._tune_now and self._tune is not None:
-                    with beat.allowing(watchdog.LOAD_SILENCE_S):
-                        worker.engine, self._tune = self._tune(worker.engine), None
                 if delivery is not None:
                     self._work(worker, delivery)
                     mailbox.worked()
@@ -191,8 +182,8 @@ class Pipeline:
         return done
 
     def _may_help(self) -> bool:
-        # While the model's threads are still being measured, its worker's thread has the engine to itself.
-        if self._quick < QUICK_RUNS or self._tune is not None or self._first.guard.wary:
+        # A delegate in a process of its own may hang, and a thread that serves a network must not.
+        if self._quick < QUICK_RUNS or self._first.guard.wary or not self._first.engine.in_process:
             return False
         return all([sink.ready for sink in self._sinks])  # noqa: C419  # mostly one, for which a generator costs more
 
@@ -216,7 +207,7 @@ class Pipeline:
             worker.guard.enter(frame.id, frame.payload)
             jobs = worker.intake.feed(delivery)
         except Exception as error:  # noqa: BLE001  # whatever one input does, the next one has nothing to do with it
-            results = [self._failure(frame, error)]
+            results = [self._failure(worker, frame, error)]
             settles: list[Settle] = [delivery.settle]
         else:
             processed = (time.perf_counter() - start) * 1e3
@@ -249,7 +240,7 @@ class Pipeline:
             decoded = worker.decode(outputs, job.geometry)
             done = time.perf_counter()
         except Exception as error:  # noqa: BLE001  # as above
-            return self._failure(job.frame, error, job)
+            return self._failure(worker, job.frame, error, job)
         if (recorder := self._recorder) is not None:
             recorder.offer(job.inputs)
         timings = {
@@ -265,7 +256,7 @@ class Pipeline:
             self.name,
             frame.source,
             frame.captured,
-            self._model,
+            worker.model,
             self._type,
             decoded,
             outputs,
@@ -274,7 +265,7 @@ class Pipeline:
             job.window,
         )
 
-    def _failure(self, frame: Frame, error: Exception, job: Job | None = None) -> Result:
+    def _failure(self, worker: Worker, frame: Frame, error: Exception, job: Job | None = None) -> Result:
         if isinstance(error, (InputError, InferenceError)):
             reason = ResultError(error.code, str(error), self._beginning(frame))
         else:
@@ -289,7 +280,7 @@ class Pipeline:
             self.name,
             frame.source,
             frame.captured,
-            self._model,
+            worker.model,
             self._type,
             None,
             key=job.key if job is not None else None,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from edge_serve.errors import UsageError
 
-Kind = Literal["sources", "sinks"]
+Kind = Literal["sources", "sinks", "delegates"]
 
 BUILTIN: dict[str, dict[str, str]] = {
     "sources": {
@@ -22,6 +22,14 @@ BUILTIN: dict[str, dict[str, str]] = {
         "mqtt": "edge_serve.sinks.mqtt:MqttSink",
         "stdout": "edge_serve.sinks.stdout:StdoutSink",
         "file": "edge_serve.sinks.file:FileSink",
+    },
+    # By string: what is about hardware is imported where it is used, and may be left out of an image.
+    "delegates": {
+        "none": "edge_serve.model.cpu:Cpu",
+        "xnnpack": "edge_serve.model.cpu:Xnnpack",
+        "edgetpu": "edge_serve_devices.delegates:EdgeTpu",
+        "gpu": "edge_serve_devices.delegates:Gpu",
+        "external": "edge_serve_devices.delegates:External",
     },
 }
 

@@ -1,4 +1,4 @@
-"""What a model's inputs and outputs mean: the words that the manifest, the configuration and the converter share.
+"""What a model's inputs and outputs mean, and what it runs on: the words that manifest, configuration and converter share.
 
 A bundle's manifest says it once; `[pipeline.input]` and `[pipeline.output]` may replace single fields. None means "not
 said": then the model's tensors decide.
@@ -6,10 +6,18 @@ said": then the model's tensors decide.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import PurePath
+from typing import Any, Literal
 
+from edge_serve.errors import DelegateError
 from edge_serve.schema import option
+
+AUTO = "auto"
+# Options go to a library from elsewhere; no delegate known has more than a handful.
+MAX_OPTIONS = 64
+MAX_OPTION_LENGTH = 4096
 
 InputKind = Literal["image", "window", "tensor"]
 OutputType = Literal["classification", "detection", "tensor"]
@@ -134,3 +142,71 @@ class OutputSpec:
     max_objects: int | None = option(
         None, "detection: most objects in a result (default 100)", example=100, low=1, high=10_000
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DelegateSpec:
+    """Which delegate, as it is asked for: by name, by index where there may be several, or by a library's path."""
+
+    name: str
+    """The part's name in the table of plug-ins: none, xnnpack, edgetpu, gpu, external, or a third party's."""
+    index: str = ""
+    """Which one of several, as `edge-serve devices` names it: "usb:0", "pci:1"; empty: the first that is free."""
+    library: str = ""
+    """The path or soname of the delegate's library; empty: the delegate's own default."""
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name it for people and in results: "edgetpu:usb:0", "external:libvx_delegate"."""
+        if self.name == "external":
+            return f"external:{PurePath(self.library).name.removesuffix('.so')}"
+        return f"{self.name}:{self.index}" if self.index else self.name
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any]) -> DelegateSpec:
+        """Read a configuration's `delegate`: "edgetpu:usb:0", a library's path, or a table of library, name, index and options.
+
+        DelegateError says what is wrong with it. Whether there is such a delegate shows when it is loaded.
+        """
+        if isinstance(value, str):
+            if "/" in value or value.endswith(".so"):
+                return cls("external", "", value)
+            name, _, index = value.partition(":")
+            if name == "external":
+                raise DelegateError("an external delegate is named by the path of its library")
+            if not name or name == AUTO:
+                raise DelegateError(f"{value!r} names no delegate")
+            return cls(name, index)
+        unknown = sorted(set(value) - {"name", "index", "library", "options"})
+        if unknown:
+            raise DelegateError(f"unknown keys {', '.join(unknown)} in delegate; known: library, name, index, options")
+        words = {key: value.get(key, "") for key in ("name", "index", "library")}
+        for key, word in words.items():
+            if not isinstance(word, str):
+                raise DelegateError(f"delegate: {key} must be text")
+        if not words["name"] and not words["library"]:
+            raise DelegateError("a delegate table names a library, or a delegate by its name")
+        options = value.get("options", {})
+        if not isinstance(options, Mapping) or len(options) > MAX_OPTIONS:
+            raise DelegateError(f"delegate: options is a table of at most {MAX_OPTIONS} entries")
+        return cls(
+            words["name"] or "external",
+            words["index"],
+            words["library"],
+            tuple((str(key), _option(str(key), each)) for key, each in options.items()),
+        )
+
+
+def _option(key: str, value: object) -> str:
+    """Give an option as the text that delegates' libraries take; booleans as they read them."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise DelegateError(f"delegate: option {key!r} must be text, a number, true or false")
+    text = str(value)
+    if len(text) > MAX_OPTION_LENGTH or len(key) > MAX_OPTION_LENGTH or "\0" in text + key:
+        raise DelegateError(
+            f"delegate: option {key[:40]!r} is longer than {MAX_OPTION_LENGTH} characters, or holds a NUL"
+        )
+    return text

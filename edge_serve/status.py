@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_serve import __version__, watchdog
 from edge_serve.config import Config
 from edge_serve.errors import SendError, UnavailableError
 from edge_serve.frame import format_time
-from edge_serve.health import Health
+from edge_serve.health import Health, board
 from edge_serve.line import Line
 from edge_serve.runner import Backoff
 
@@ -29,25 +27,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 1
-BOARD_FILES = ("/proc/device-tree/model", "/sys/firmware/devicetree/base/model")
-MAX_BOARD = 128
 # How soon a change is seen, and the least time between two documents.
 LOOK_S = 1.0
 # How long the end may wait for the broker to take the farewell; a network that is dead takes none.
 FAREWELL_S = 1.0
 NO_SPOOL = {"items": 0, "bytes": 0, "oldest_s": None, "dropped": 0}
-
-
-def board() -> str:
-    """Name the board as its device tree does, else the machine's architecture."""
-    for file in BOARD_FILES:
-        try:
-            said = Path(file).read_bytes()[:MAX_BOARD].split(b"\0")[0].decode("utf-8", errors="replace").strip()
-        except OSError:
-            continue
-        if said:
-            return said
-    return os.uname().machine
 
 
 class Reporter:
@@ -110,6 +94,7 @@ def _pipeline(line: Line) -> dict[str, Any]:
         "version": model.version,
         "variant": model.variant,
         "delegate": model.delegate,
+        "reasons": list(line.reasons),
         "connected": line.connected,
         **line.counters.snapshot(),
     }

@@ -44,8 +44,13 @@ Examples:
 @click.option("--version", "number", default="latest", show_default=True, help="Version of the model.")
 @click.option("--variant", help="Variant of the bundle.")
 @click.option("--signature", help="Signature of the model.")
-@click.option("--delegate", default="auto", show_default=True, help="auto, none or xnnpack.")
-@click.option("--threads", type=click.IntRange(0, 64), default=1, show_default=True, help="Threads; 0 measures.")
+@click.option(
+    "--delegate",
+    default="auto",
+    show_default=True,
+    help="auto (here: xnnpack), none, xnnpack, edgetpu, gpu, one of several (edgetpu:usb:0), or a delegate library's path.",
+)
+@click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True, help="Threads of the interpreter.")
 @click.option("--runtime", type=click.Choice(["auto", "litert", "tflite-runtime"]), default="auto", show_default=True)
 @click.option(
     "--kind", type=click.Choice(["image", "window", "tensor"]), help="What the inputs are, if the model does not say."
@@ -153,17 +158,18 @@ class _Session:
 
     def __init__(self, model: Path, overlay_in: InputSpec, overlay_out: OutputSpec, options: dict[str, Any]) -> None:
         from edge_serve.health import Counters
-        from edge_serve.model.engine import Engine
+        from edge_serve.model.delegate import DelegateSpec
         from edge_serve.model.interpreter import load_runtime
+        from edge_serve.model.opening import open_model
         from edge_serve.model.repository import find
         from edge_serve.processing.setup import model_info, settle
 
         version = find(model, options["number"], variant=options["variant"])
         try:
-            self._engine = Engine.open(
+            self._engine = open_model(
                 version.file,
-                runtime=load_runtime(options["runtime"]),
-                delegate=options["delegate"],
+                DelegateSpec.parse("xnnpack" if options["delegate"] == "auto" else options["delegate"]),
+                load_runtime(options["runtime"]),
                 threads=options["threads"],
                 signature=options["signature"],
             )

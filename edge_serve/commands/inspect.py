@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,30 @@ Examples:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--version", "number", default="latest", show_default=True, help="Version of the model.")
 @click.option("--variant", help="Variant of the bundle (default: the bundle's).")
-@click.option("--delegate", default="auto", show_default=True, help="auto, none or xnnpack.")
+@click.option(
+    "--delegate",
+    default="auto",
+    show_default=True,
+    help="Whose operators to count: auto (here: xnnpack), none, edgetpu, gpu, one of several (edgetpu:usb:0), or a library.",
+)
+@click.option(
+    "-c",
+    "--config",
+    type=click.Path(path_type=Path),
+    help="A configuration whose service ran here: shows what was chosen for the model, and why.",
+)
 @click.option("--runtime", type=click.Choice(["auto", "litert", "tflite-runtime"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def inspect(model: Path, number: str, variant: str | None, delegate: str, runtime: str, as_json: bool) -> None:
+def inspect(
+    model: Path, number: str, variant: str | None, delegate: str, config: Path | None, runtime: str, as_json: bool
+) -> None:
     """Show what MODEL (a bundle, one version of it, or a .tflite file) is and how it would run here."""
     report = describe(model, number, variant, delegate, runtime)
+    if config is not None:
+        from edge_serve.app import load
+        from edge_serve.model.choice import reasons
+
+        report["choices"] = reasons(load(config).state_dir, Path(report["file"]))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -38,21 +57,23 @@ def describe(model: Path, number: str, variant: str | None, delegate: str, runti
     from edge_serve.model import delegate as delegates
     from edge_serve.model import signatures
     from edge_serve.model.interpreter import load_runtime, reading
+    from edge_serve.model.opening import load_part, open_model
     from edge_serve.model.repository import find
 
     version = find(model, number, variant=variant)
     runtime = load_runtime(runtime_name)
-    chosen = delegates.choose(delegate)
-    interpreter = runtime.open(version.file, threads=1, xnnpack=chosen == "xnnpack")
-    found = {}
-    with reading(version.file):
-        claims = delegates.claims(interpreter)
-        for key in signatures.keys(interpreter):
-            binding = signatures.bind(interpreter, key, str(version.file))
-            found[key] = {
-                "inputs": [compact(spec) for _, spec in binding.inputs.values()],
-                "outputs": [compact(spec) for _, spec in binding.outputs.values()],
-            }
+    spec = delegates.DelegateSpec.parse("xnnpack" if delegate == delegates.AUTO else delegate)
+    if spec.name in delegates.CPU:
+        load_part(spec)
+        interpreter = runtime.open(version.file, threads=1, xnnpack=spec.name == "xnnpack")
+        with reading(version.file):
+            claims = delegates.claims(interpreter)
+            found = {key: _bound(interpreter, key, version.file) for key in signatures.keys(interpreter)}
+    else:
+        engine = open_model(version.file, spec, runtime)
+        claims = engine.claims
+        found = {engine.signature: _tensors(engine.inputs.values(), engine.outputs.values())}
+        engine.close()
     manifest = version.bundle.manifest if version.bundle is not None else None
     return {
         "v": 1,
@@ -73,7 +94,7 @@ def describe(model: Path, number: str, variant: str | None, delegate: str, runti
         "signatures": found,
         "runtime": {"name": runtime.name, "version": runtime.version},
         "delegate": {
-            "name": chosen,
+            "name": spec.label,
             "claimed": claims.taken,
             "operators": claims.total,
             "not_claimed": {
@@ -84,6 +105,17 @@ def describe(model: Path, number: str, variant: str | None, delegate: str, runti
         },
         "operators": claims.operators,
     }
+
+
+def _bound(interpreter: Any, key: str, file: Path) -> dict[str, Any]:
+    from edge_serve.model import signatures
+
+    binding = signatures.bind(interpreter, key, str(file))
+    return _tensors((spec for _, spec in binding.inputs.values()), (spec for _, spec in binding.outputs.values()))
+
+
+def _tensors(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> dict[str, Any]:
+    return {"inputs": [compact(spec) for spec in inputs], "outputs": [compact(spec) for spec in outputs]}
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -109,6 +141,13 @@ def _print(report: dict[str, Any]) -> None:
     for name, count in report["operators"].items():
         left = delegate["not_claimed"].get(name, 0)
         click.echo(f"  {count:>4} {name}" + (f"  ({left} not claimed)" if left and delegate["name"] != "none" else ""))
+
+    for number, reasons in enumerate(report.get("choices", ())):
+        click.echo("\nchosen here:" if not number else "\nand before, or otherwise configured:")
+        for reason in reasons:
+            click.echo(f"  {reason}")
+    if report.get("choices") == []:
+        click.echo("\nnothing was chosen here yet; `edge-serve run` does it at its first start")
 
 
 def _tensor(tensor: dict[str, Any]) -> str:

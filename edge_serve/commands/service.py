@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -187,7 +187,7 @@ def _load(wish: Wish) -> Config:
             path = wiring.config.resolve(value)
             return any(folder in path.parents for folder in folders) and not path.parent.exists()
 
-    def resolver(kind: Literal["sources", "sinks"], name: str) -> Any:
+    def resolver(kind: plugins.Kind, name: str) -> Any:
         return AsService(plugins.load(kind, name))
 
     config = load_config(wish.config, resolver)

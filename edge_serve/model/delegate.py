@@ -1,19 +1,118 @@
-"""Delegates: what takes operators away from the interpreter's own kernels. Built in are `none` and `xnnpack`.
+"""Delegates: what takes operators away from the interpreter's own kernels. Every one of them has the face that is named here.
 
-A delegate that claims nothing raises nothing, so nobody may believe a delegate's name: `claims` counts.
+A delegate that claims nothing raises nothing, so nobody may believe a delegate's name: `claims` counts. Built in are `none` and
+`xnnpack` (cpu.py); `edgetpu`, `gpu` and `external` live with the hardware, third parties register entry points of the group
+`edge_serve.delegates` (plugins.py). A delegate's class is called with its `DelegateSpec`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from edge_serve.errors import ModelError
+from edge_serve.spec import AUTO, DelegateSpec
 
-BUILTIN = ("none", "xnnpack")
-# What runs instead where an input crashed on a delegate: the interpreter's own kernels come last.
-NEXT = {"xnnpack": "none"}
+if TYPE_CHECKING:
+    from edge_serve.bundle import TensorSpec
+    from edge_serve.frame import Array
+    from edge_serve.model.interpreter import Runtime
+
+__all__ = ["AUTO", "CPU", "Claims", "Delegate", "DelegateSpec", "Found", "Runnable", "after", "claims"]
+
+# What runs instead where another delegate is of no use: the interpreter's own kernels come last.
+CPU = ("xnnpack", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A delegate that this machine may have, and what keeps it from being used."""
+
+    spec: DelegateSpec
+    why_not: str = ""
+    """Empty where nothing is known to be in its way; only opening it proves that it works."""
+    remedy: str = ""
+
+
+class Runnable(Protocol):
+    """One signature of one model, open on a delegate and warm. Not thread-safe: the thread that runs it owns it."""
+
+    @property
+    def path(self) -> Path:
+        """Give the file."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """Name the signature."""
+        ...
+
+    @property
+    def threads(self) -> int:
+        """Count the interpreter's threads."""
+        ...
+
+    @property
+    def delegate(self) -> str:
+        """Say what runs, not what was wished for: the delegate's label, or "none" where it claims no operator."""
+        ...
+
+    @property
+    def inputs(self) -> dict[str, TensorSpec]:
+        """Give the inputs by name."""
+        ...
+
+    @property
+    def outputs(self) -> dict[str, TensorSpec]:
+        """Give the outputs by name."""
+        ...
+
+    @property
+    def claims(self) -> Claims:
+        """Say which operators the delegate took."""
+        ...
+
+    @property
+    def detection_outputs(self) -> tuple[str, ...] | None:
+        """Give the outputs of a TFLite_Detection_PostProcess in its own order; None if there is none."""
+        ...
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Operator name → how many of them the model has."""
+        ...
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; InputError for what fits no tensor, InferenceError for a run that failed."""
+        ...
+
+    def close(self) -> None:
+        """Free memory, device and child process."""
+        ...
+
+
+class Delegate(Protocol):
+    """A kind of delegate. Its class is called with a DelegateSpec; DelegateError if that has what it does not take."""
+
+    isolated: bool
+    """Whether its native code may hang, crash or hold the GIL: then it runs in a child process (isolated.py)."""
+    threaded: bool
+    """Whether the interpreter's number of threads changes how fast it is."""
+
+    def open(self, path: Path, runtime: Runtime, *, threads: int, signature: str | None) -> Runnable:
+        """Load a .tflite file on it, in this process, and warm it.
+
+        ModelError for the model's faults, DelegateError for the delegate's or where it takes no operator of the model, and
+        DelegateAwayError where its hardware is not there or not free.
+        """
+        ...
+
+    @classmethod
+    def find(cls, root: Path) -> Sequence[Found]:
+        """Say which delegates of this kind the machine may have, usable or not; `root` is "/" but in tests."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +133,9 @@ class Claims:
         return sum(self.claimed.values())
 
 
-def choose(name: str) -> str:
-    """Settle which delegate is used for the configuration's `delegate`; ModelError if there is no such one."""
-    if name == "auto":
-        return "xnnpack"
-    if name not in BUILTIN:
-        raise ModelError(f"unknown delegate {name!r}; known: auto, {', '.join(BUILTIN)}")
-    return name
-
-
-def after(name: str) -> str:
-    """Give the delegate that is next in line when an input crashed on this one; the last one is its own next."""
-    return NEXT.get(name, name)
+def after(label: str) -> str:
+    """Give the delegate of this process that is next in line when an input crashed on this one; else the same."""
+    return "none" if label == "xnnpack" else label
 
 
 def claims(interpreter: Any) -> Claims:

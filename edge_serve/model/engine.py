@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import InferenceError, InputError, ModelError, TooLargeError
+from edge_serve.errors import DelegateError, InferenceError, InputError, ModelError, TooLargeError
 from edge_serve.model import delegate as delegates
 from edge_serve.model import signatures
 from edge_serve.model.interpreter import Runtime, reading
@@ -23,14 +22,6 @@ DETECTION_OPERATOR = "TFLite_Detection_PostProcess"
 # The interpreter's memory grows with a dynamic batch and is kept: one input shall not take all of a small board's.
 MAX_BATCH = 1024
 WARM_UP_RUNS = 2
-# Choosing threads: each candidate gets about this long, at least some runs and at most some, after its warm-up.
-TRIAL_SECONDS = 0.02
-TRIAL_RUNS = (3, 20)
-# Below this the hand-over between threads costs more than it saves.
-WORTH_SPLITTING_S = 0.0005
-MOST_THREADS = 8
-# More threads must win by this much, or they only take the cores from decoding and sending.
-TRIAL_GAIN = 0.9
 
 
 class Engine:
@@ -63,12 +54,21 @@ class Engine:
         threads: int = 1,
         signature: str | None = None,
     ) -> Engine:
-        """Load and warm a .tflite file; `threads` = 0 chooses by measurement. ModelError says why it cannot be used."""
-        delegate = delegates.choose(delegate)
-        if threads == 0:
-            one = cls.open(path, runtime=runtime, delegate=delegate, threads=1, signature=signature)
-            return with_best_threads(one, runtime, delegate)
+        """Load and warm a .tflite file on the CPU: on XNNPACK (also for "auto") or `none`.
+
+        `threads` = 0, for which nothing was measured, is one. ModelError says why the file cannot be used.
+        """
+        if delegate == delegates.AUTO:
+            delegate = "xnnpack"
+        if delegate not in delegates.CPU:
+            raise DelegateError(f"{delegate!r} is no delegate of the CPU; known: auto, {', '.join(delegates.CPU)}")
+        threads = threads or 1
         interpreter = runtime.open(path, threads=threads, xnnpack=delegate == "xnnpack")
+        return cls.over(path, interpreter, delegate, threads=threads, signature=signature)
+
+    @classmethod
+    def over(cls, path: Path, interpreter: Any, delegate: str, *, threads: int, signature: str | None) -> Engine:
+        """Take an interpreter of a .tflite file whose tensors are allocated, with its delegate applied, and warm it."""
         with reading(path):
             key = signatures.choose(interpreter, signature, str(path))
             binding = signatures.bind(interpreter, key, str(path))
@@ -145,43 +145,6 @@ def _detection_outputs(interpreter: Any, binding: signatures.Binding) -> tuple[s
         if node["op_name"] == DETECTION_OPERATOR and len(tensors) == 4 and all(tensor in names for tensor in tensors):
             return tuple(names[tensor] for tensor in tensors)
     return None
-
-
-def with_best_threads(best: Engine, runtime: Runtime, delegate: str) -> Engine:
-    """Try 2, 4 … threads up to the cores that this process may use; gives the fastest engine and closes the others.
-
-    `best` is open on 1 thread. Takes some tens of milliseconds; models that are faster than a hand-over between threads are
-    left as they are.
-    """
-    best_time = _trial(best)
-    candidate = 2
-    while best_time >= WORTH_SPLITTING_S and candidate <= min(available_cores(), MOST_THREADS):
-        engine = Engine.open(best.path, runtime=runtime, delegate=delegate, threads=candidate, signature=best.signature)
-        elapsed = _trial(engine)
-        if elapsed >= best_time * TRIAL_GAIN:
-            engine.close()
-            break
-        best.close()
-        best, best_time = engine, elapsed
-        candidate *= 2
-    return best
-
-
-def _trial(engine: Engine) -> float:
-    """Give the fastest of a few runs on zeros, in seconds: the minimum is what the machine can do undisturbed."""
-    zeros: dict[str, Array] = {
-        name: np.zeros(tuple(abs(size) for size in spec.shape), spec.dtype) for name, spec in engine.inputs.items()
-    }
-    fastest = float("inf")
-    deadline = time.perf_counter() + TRIAL_SECONDS
-    for number in range(TRIAL_RUNS[1]):
-        start = time.perf_counter()
-        engine.run(zeros)
-        end = time.perf_counter()
-        fastest = min(fastest, end - start)
-        if end > deadline and number + 1 >= TRIAL_RUNS[0]:
-            break
-    return fastest
 
 
 def available_cores() -> int:

@@ -11,7 +11,7 @@ from edge_serve.bundle import TensorSpec, read_labels
 from edge_serve.errors import BundleError, ModelError
 from edge_serve.frame import ModelInfo
 from edge_serve.health import Counters
-from edge_serve.model.engine import Engine
+from edge_serve.model.delegate import Runnable
 from edge_serve.model.repository import ModelVersion
 from edge_serve.processing.decode import make_decoder
 from edge_serve.processing.intake import Intake, SingleIntake
@@ -33,11 +33,11 @@ class Meaning:
     output: OutputSpec
     labels: tuple[str, ...] | None
 
-    def decoder(self, engine: Engine) -> Decoder:
+    def decoder(self, engine: Runnable) -> Decoder:
         """Make the function from output tensors to the result's body."""
         return make_decoder(self.output, engine.outputs, self.labels, engine.detection_outputs)
 
-    def intake(self, engine: Engine, counters: Counters, hold_limit: int | None) -> Intake:
+    def intake(self, engine: Runnable, counters: Counters, hold_limit: int | None) -> Intake:
         """Make what turns deliveries into jobs."""
         # Classes and boxes are of one input: a batch is refused before the model has run (and grown) for it.
         inputs = engine.inputs if self.output.type == "tensor" else _one_each(engine.inputs)
@@ -49,7 +49,7 @@ class Meaning:
 
 
 def settle(
-    version: ModelVersion, engine: Engine, over_input: InputSpec, over_output: OutputSpec, folder: Path
+    version: ModelVersion, engine: Runnable, over_input: InputSpec, over_output: OutputSpec, folder: Path
 ) -> Meaning:
     """Lay the configuration's words over the manifest's, and let the tensors say the rest.
 
@@ -89,6 +89,6 @@ def _looks_like_an_image(inputs: Mapping[str, TensorSpec]) -> bool:
     return len(shape) == 4 and shape[3] in (1, 3) and min(shape[1:3]) >= SMALLEST_IMAGE
 
 
-def model_info(version: ModelVersion, engine: Engine) -> ModelInfo:
-    """Say which model a result is of."""
-    return ModelInfo(version.name, version.version, version.variant, engine.delegate, engine.signature)
+def model_info(version: ModelVersion, engine: Runnable, variant: str | None = None) -> ModelInfo:
+    """Say which model a result is of, and what it runs on; `variant` where another one than was asked for stands in."""
+    return ModelInfo(version.name, version.version, variant or version.variant, engine.delegate, engine.signature)

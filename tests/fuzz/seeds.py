@@ -232,7 +232,13 @@ SEEDS: dict[str, list[bytes]] = {
         bytes(100),
         *(struct.pack("<I", number * 613) * 3 for number in range(40)),
     ],
-    "remembered_threads": [b'{"model": 2}', b'{"model": true}'],
+    "remembered_choice": [
+        (
+            b'{"format": 1, "files": {}, "choices": {"key": {"devices": [], "strict": false, "reasons": [], "line": [{"file": "m",'
+            b' "variant": "file", "threads": 1, "delegate": {"name": "none", "index": "", "library": "", "options": []}}]}}}'
+        ),
+        b'{"format": 1, "files": {"m": [[1, 2, 3], "00"]}, "choices": {"key": {}}}',
+    ],
     "texts": TEXTS,
     "numbers": [*RAW, b"\xaa\xaa\xaa\xff" + b"\xff" * 6 + b"\xaa\x07", bytes.fromhex("a946a9ff26")],
 }

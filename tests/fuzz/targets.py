@@ -31,17 +31,18 @@ from edge_serve.errors import BundleError, ConfigError, InputError, ModelError, 
 from edge_serve.frame import Capture, Delivery, Frame, ModelInfo, Result, format_time, parse_time
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
-from edge_serve.model import delegate, threads
-from edge_serve.model.engine import MOST_THREADS, Engine
+from edge_serve.model import choice, delegate
+from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import load_runtime
 from edge_serve.model.metadata import read_metadata
-from edge_serve.pipeline import Pipeline
+from edge_serve.model.repository import find
+from edge_serve.pipeline import Pipeline, Worker
 from edge_serve.processing import tensor as tensors
 from edge_serve.processing.decode import make_decoder
 from edge_serve.processing.image import ImageProcessor
 from edge_serve.processing.intake import SingleIntake
 from edge_serve.processing.window import WindowIntake
-from edge_serve.quarantine import Quarantine
+from edge_serve.quarantine import Guard, Quarantine
 from edge_serve.schema import compact
 from edge_serve.sources.streams import JpegSplitter, LineSplitter
 from edge_serve.spec import InputSpec, OutputSpec
@@ -54,6 +55,7 @@ TARGETS: dict[str, Target] = {}
 MODELS = Path(__file__).parents[1] / "data" / "models"
 SMALL = 4096
 MAX_PIXELS = 256 * 1024
+WISH = choice._Wish(find(MODELS / "linear.tflite"), None, (), None, 0, None)
 CAPTURED = Capture(1_800_000_000.0, 1.0)
 TYPES = (None, *tensors.KNOWN_TYPES, "application/json; charset=utf-8", "text/html")
 INPUTS: tuple[dict[str, TensorSpec], ...] = (
@@ -340,11 +342,16 @@ def whole_pipeline(data: bytes) -> object:
     worker = Pipeline(
         "p",
         "d",
-        ModelInfo(name, None, "file", "none", "serving_default"),
         output.type or "tensor",
-        opened,
-        SingleIntake(spec, opened.inputs),
-        decode,
+        [
+            Worker(
+                opened,  # type: ignore[arg-type]  # a pipeline has one that may change its delegate
+                SingleIntake(spec, opened.inputs),
+                decode,
+                Guard.unmarked(),
+                ModelInfo(name, None, "file", "none", "serving_default"),
+            )
+        ],
         Mailbox("lossless", Counters()),
         [sink],  # type: ignore[list-item]  # all that the worker uses of a runner
         Counters(),
@@ -540,12 +547,14 @@ def spool_files(data: bytes) -> object:
 
 
 @target
-def remembered_threads(data: bytes) -> object:
-    """A damaged file of measurements is as good as none."""
-    (folder() / threads.FILE).write_bytes(data)
-    number = threads.recall(folder(), "model")
-    assert 0 <= number <= MOST_THREADS
-    return number
+def remembered_choice(data: bytes) -> object:
+    """A file of choices that is damaged gives none, or one that runs this model's own file."""
+    (folder() / choice.FILE).write_bytes(data)
+    kept = choice._recall(folder(), "key", WISH, [])
+    assert kept is None or {each.file for each in kept.line} == {WISH.version.file}
+    told = choice.reasons(folder(), WISH.version.file)
+    assert all(isinstance(each, str) for lines in told for each in lines)
+    return kept, told
 
 
 @target

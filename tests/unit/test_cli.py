@@ -465,7 +465,7 @@ def test_numbers_that_are_not_finite_are_null(run: Run, tmp_path: Path) -> None:
         ([model("linear"), "--signature", "x"], "has no signature 'x'"),
         ([model("linear"), "--variant", "int8"], "has no variant 'int8'"),
         ([model("linear"), "--version", "3"], "has no version 3"),
-        ([model("linear"), "--delegate", "gpu"], "unknown delegate 'gpu'"),
+        ([model("linear"), "--delegate", "cuda"], "unknown delegate 'cuda'"),
         ([model("linear"), "--mean", "a,b"], "give numbers with commas between them"),
         ([model("linear"), "--labels", "none.txt"], "none.txt: labels cannot be read"),
         ([model("linear"), "--kind", "image"], "is no image tensor"),
@@ -479,8 +479,8 @@ def test_a_model_or_option_that_cannot_be_used_ends_infer(
     assert says in outcome.err
 
 
-def test_infer_uses_the_other_signature_and_measured_threads(run: Run, vector: Path) -> None:
-    (found,) = run("infer", model("linear"), vector, "--signature", "total", "--threads", "0", "--json").document[
+def test_infer_uses_the_other_signature_and_more_threads(run: Run, vector: Path) -> None:
+    (found,) = run("infer", model("linear"), vector, "--signature", "total", "--threads", "2", "--json").document[
         "results"
     ]
     assert found["result"]["tensors"]["total"]["data"] == [[10.0]]

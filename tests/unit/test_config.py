@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from edge_serve import plugins
 from edge_serve.config import NAME, Config, default_device, load, password_of
 from edge_serve.errors import EXIT_USAGE, ConfigError
 from edge_serve.sources.file import FileSourceOptions
-from edge_serve.spec import InputSpec
+from edge_serve.spec import DelegateSpec, InputSpec
 from tests.unit.material import bundle, configured, model, problems, sound
 
 
@@ -223,9 +224,48 @@ def test_mistakes_of_a_named_model_stand_at_its_table(tmp_path: Path) -> None:
     assert keys(sound() + "[models]\na = 1\n", tmp_path) == {"models.a"}
 
 
-def test_an_unknown_delegate_is_refused(tmp_path: Path) -> None:
-    text = only(sound(**{'name = "one"': 'name = "one"\ndelegate = "gpu"'}), tmp_path)
-    assert text == "pipeline.delegate: unknown delegate 'gpu'. Known: auto, none, xnnpack"
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('delegate = "vulkan"', "delegate: unknown delegate 'vulkan'; known: edgetpu, external, gpu, none, xnnpack"),
+        ('delegate = ":0"', "delegate: ':0' names no delegate"),
+        ('delegate = "external"', "delegate: an external delegate is named by the path of its library"),
+        ("delegate = {}", "delegate: a delegate table names a library, or a delegate by its name"),
+        ("delegate = { library = 1 }", "delegate: delegate: library must be text"),
+        ('delegate = { library = "x.so", device = 1 }', "delegate: unknown keys device in delegate"),
+        ('delegate = { library = "x.so", options = 1 }', "delegate: delegate: options is a table"),
+        ('delegate = { library = "x.so", options = { a = [] } }', "delegate: delegate: option 'a' must be text"),
+        ('delegate = "none"\nfallback = ["cuda"]', "fallback[0]: unknown delegate 'cuda'"),
+        ('fallback = ["none"]', "fallback: goes with an explicit delegate. Take it out"),
+        ('delegate = "auto"\nfallback = ["none"]', "fallback: goes with an explicit delegate. Take it out"),
+    ],
+)
+def test_a_delegate_that_cannot_be_is_refused(tmp_path: Path, line: str, problem: str) -> None:
+    text = only(sound(**{'name = "one"': f'name = "one"\n{line}'}), tmp_path)
+    assert text.startswith(f"pipeline.{problem}")
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "label"),
+    [
+        ("xnnpack", DelegateSpec("xnnpack"), "xnnpack"),
+        ("edgetpu:usb:1", DelegateSpec("edgetpu", "usb:1"), "edgetpu:usb:1"),
+        (
+            "/usr/lib/libvx_delegate.so",
+            DelegateSpec("external", "", "/usr/lib/libvx_delegate.so"),
+            "external:libvx_delegate",
+        ),
+        ({"library": "libx.so"}, DelegateSpec("external", "", "libx.so"), "external:libx"),
+        (
+            {"name": "edgetpu", "index": "pci:0", "options": {"a": 1, "b": True, "c": "text"}},
+            DelegateSpec("edgetpu", "pci:0", "", (("a", "1"), ("b", "true"), ("c", "text"))),
+            "edgetpu:pci:0",
+        ),
+    ],
+)
+def test_a_delegate_is_named_in_a_word_or_a_table(value: Any, spec: DelegateSpec, label: str) -> None:
+    assert DelegateSpec.parse(value) == spec
+    assert spec.label == label
 
 
 # Inputs and outputs.

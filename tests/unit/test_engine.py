@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import InferenceError, InputError, ModelError
-from edge_serve.model import delegate, signatures, threads
+from edge_serve.errors import DelegateError, InferenceError, InputError, ModelError
+from edge_serve.model import signatures
 from edge_serve.model.engine import Engine, available_cores
 from edge_serve.model.interpreter import Runtime
 from tests.unit.material import BIAS, WEIGHTS, assert_close, model
@@ -243,9 +243,9 @@ def test_claims_count_each_operator_once(runtime: Runtime) -> None:
     assert all(claims.claimed[name] <= claims.operators[name] for name in claims.claimed)
 
 
-def test_an_unknown_delegate_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ModelError, match="unknown delegate 'gpu'; known: auto, none, xnnpack"):
-        delegate.choose("gpu")
+def test_what_is_no_delegate_of_the_cpu_is_answered_with_those_that_are(runtime: Runtime) -> None:
+    with pytest.raises(DelegateError, match="'gpu' is no delegate of the CPU; known: auto, xnnpack, none"):
+        opened(runtime, "linear", delegate="gpu")
 
 
 def test_a_detectors_outputs_are_known_in_the_operators_own_order(runtime: Runtime) -> None:
@@ -270,39 +270,6 @@ def test_two_engines_of_one_file_do_not_disturb_each_other(runtime: Runtime) -> 
     for worker in workers:
         worker.join()
     assert wrong == []
-
-
-def test_a_measurement_of_threads_is_kept_and_only_for_what_it_was_made(runtime: Runtime, tmp_path: Path) -> None:
-    key = threads.key(model("linear"), runtime, "auto", None)
-    assert threads.recall(tmp_path, key) == 0
-    threads.remember(tmp_path, key, 2)
-    assert threads.recall(tmp_path, key) == 2
-    for other in (
-        threads.key(model("int8"), runtime, "auto", None),
-        threads.key(model("linear"), runtime, "none", None),
-        threads.key(model("linear"), runtime, "auto", "total"),
-    ):
-        assert threads.recall(tmp_path, other) == 0
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{", '{"k": "two"}', '{"k": 0}', '{"k": 99}', '{"k": true}', "[" * 100_000]
-)
-def test_a_damaged_file_of_measurements_costs_a_new_one_and_nothing_else(content: str, tmp_path: Path) -> None:
-    (tmp_path / threads.FILE).write_text(content, encoding="utf-8")
-    assert threads.recall(tmp_path, "k") == 0
-    threads.remember(tmp_path, "k", 1)
-    assert threads.recall(tmp_path, "k") == 1
-
-
-def test_measurements_stay_few_and_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
-    for number in range(threads.MOST_ENTRIES + 5):
-        threads.remember(tmp_path, str(number), 1)
-    assert threads.recall(tmp_path, "4") == 0
-    assert threads.recall(tmp_path, "5") == 1
-    (tmp_path / "file").touch()
-    threads.remember(tmp_path / "file", "k", 1)
-    assert threads.recall(tmp_path / "file", "k") == 0
 
 
 def test_at_least_one_core_is_available() -> None:

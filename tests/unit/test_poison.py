@@ -18,10 +18,10 @@ from edge_serve.frame import ModelInfo, Result
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import delegate
-from edge_serve.pipeline import Pipeline
+from edge_serve.pipeline import Pipeline, Worker
 from edge_serve.processing.intake import Job, SingleIntake
 from edge_serve.processing.window import WindowIntake
-from edge_serve.quarantine import Quarantine
+from edge_serve.quarantine import Guard, Quarantine
 from edge_serve.spec import InputSpec
 from tests.unit.material import Settled, problems, sound, tensor
 
@@ -57,11 +57,16 @@ def worker(sink: Sink, model: Model, decode: Any = None, **options: Any) -> Call
     pipeline = Pipeline(
         "p",
         "d",
-        ModelInfo("m", None, "file", "none", "serving_default"),
         "tensor",
-        model,  # type: ignore[arg-type]
-        SingleIntake(InputSpec(kind="tensor"), model.inputs),
-        decode or (lambda tensors, _geometry: {"sum": float(sum(tensors["y"][0]))}),
+        [
+            Worker(
+                model,  # type: ignore[arg-type]
+                SingleIntake(InputSpec(kind="tensor"), model.inputs),
+                decode or (lambda tensors, _geometry: {"sum": float(sum(tensors["y"][0]))}),
+                Guard.unmarked(),
+                ModelInfo("m", None, "file", "none", "serving_default"),
+            )
+        ],
         Mailbox("lossless", Counters()),
         [sink],  # type: ignore[list-item]
         Counters(),

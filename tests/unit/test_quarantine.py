@@ -536,7 +536,7 @@ def test_a_trace_says_the_reason_and_the_thread() -> None:
 
 
 def test_delegates_end_at_the_interpreters_own_kernels() -> None:
-    for name in delegate.BUILTIN:
+    for name in delegate.CPU:
         chain = [name]
         while delegate.after(chain[-1]) != chain[-1]:
             chain.append(delegate.after(chain[-1]))

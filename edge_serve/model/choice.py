@@ -1,0 +1,514 @@
+"""What a model runs on: chosen by measurement, once for each model, runtime and board, and kept in the state directory.
+
+`delegate = "auto"` tries every delegate that this machine may have, with 1, 2, 4 … threads, on every variant of the bundle that can
+stand in for the one asked for. Whatever is right counts (trial.py), the fastest is taken, and all that were right make the line of
+those who go on when one fails (resilient.py). An explicit delegate is tried alone: as a proof that a file from nowhere does not take
+the service down, and for its threads.
+
+The choice is kept under all that it depends on: the files' hashes, the runtime as installed, the system's libraries, the
+cores, the board and what was asked for. Accelerators are no part of that: one that is missing at a start is waited for on
+the next best, and only one that was not there when the choice was made leads to a new choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sysconfig
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from edge_serve import plugins
+from edge_serve.bundle import Variant, sha256_of
+from edge_serve.errors import ModelError
+from edge_serve.model.delegate import CPU, DelegateSpec, Found
+from edge_serve.model.engine import available_cores
+from edge_serve.model.interpreter import Runtime
+from edge_serve.model.opening import load_part
+from edge_serve.model.repository import ModelVersion
+from edge_serve.model.trial import Candidate, Golden, Plan, Trial, try_all
+
+log = logging.getLogger(__name__)
+
+FILE = "delegates.json"
+FORMAT = 1
+MAX_BYTES = 1024 * 1024
+# Older entries make room; a board runs a handful of models.
+MOST_ENTRIES = 64
+MOST_REASONS = 64
+MAX_REASON = 300
+MOST_THREADS = 8
+# Of those that are nearly as fast as the fastest, the one that asks least is taken: fewer threads, the variant that was asked
+# for, the CPU. Nearly is the larger of a share and of a time that no clock here tells from nothing.
+NEARLY = 1.03
+NEARLY_S = 1e-6
+# A compiled model holds this operator, and runs on nothing else.
+EDGE_TPU_OPERATOR = "edgetpu-custom-op"
+DEFAULT_SIGNATURE = "serving_default"
+# Accelerators that come and go, by what the system shows of them.
+DEVICES = ("apex", "hailo", "rknpu", "galcore", "ethosu", "nvhost-ctrl-gpu", "nvidia0", "mali", "kgsl-3d0")
+USB_IDS = {("1a6e", "089a"), ("18d1", "9302")}  # an Edge TPU before and after its firmware is loaded
+
+_memory: dict[str, tuple[list[str], Choice]] = {}
+"""What this process has chosen: a model that is loaded again, or by another pipeline, is not tried again."""
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a model runs on, and why."""
+
+    line: tuple[Candidate, ...]
+    """The winner, and who goes on when it fails."""
+    reasons: tuple[str, ...]
+    """What was tried and what came of it, for people."""
+    cached: bool = False
+    strict: bool = False
+    """Whether nothing else may run in place of the winner at the start."""
+
+    @property
+    def winner(self) -> Candidate:
+        """Give what runs."""
+        return self.line[0]
+
+
+def choose(
+    version: ModelVersion,
+    *,
+    delegate: DelegateSpec | None,
+    runtime: Runtime,
+    folder: Path,
+    board: str,
+    fallback: Sequence[DelegateSpec] = (),
+    variant: str | None = None,
+    threads: int = 0,
+    signature: str | None = None,
+    root: Path = Path("/"),
+    stop: Callable[[], bool] | None = None,
+) -> Choice:
+    """Choose what a model runs on; `delegate` None is "auto", `threads` 0 chooses them, too.
+
+    `folder` is where choices are kept, `board` names this machine's kind. Raises ModelError with all reasons if nothing is
+    right, or if an explicit delegate cannot be had and no `fallback` can.
+    """
+    wish = _Wish(version, delegate, tuple(fallback), variant, threads, signature)
+    if delegate is not None and threads and version.bundle is not None and not fallback:
+        # A file with a known hash, and nothing to choose: opening it tells all.
+        return Choice((wish.candidate(delegate), *_stand_ins(wish, delegate)), (), cached=True, strict=True)
+    key = wish.key(folder, runtime, board)
+    devices = sorted(_devices(root))
+    kept = _recall(folder, key, wish, devices)
+    if kept is not None:
+        return kept
+    choice = _measured(wish, runtime, root, stop) if delegate is None else _explicit(wish, delegate, runtime, stop)
+    _remember(folder, key, choice, devices)
+    return choice
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What was asked for, and the files that may serve it."""
+
+    version: ModelVersion
+    delegate: DelegateSpec | None
+    fallback: tuple[DelegateSpec, ...]
+    variant: str | None
+    threads: int
+    signature: str | None
+
+    def variants(self) -> list[Variant | None]:
+        """Give the variants that may run, the one asked for first; None stands for a file without a manifest."""
+        bundle = self.version.bundle
+        if bundle is None:
+            return [None]
+        first = bundle.manifest.variant(self.version.variant)
+        others = []
+        if self.variant is None and self.signature in (None, DEFAULT_SIGNATURE):
+            others = [each for each in bundle.manifest.variants if each is not first and _alike(first, each)]
+        return [first, *others]
+
+    def candidate(self, spec: DelegateSpec, variant: Variant | None = None, threads: int | None = None) -> Candidate:
+        """Make a candidate; the variant asked for if none is said."""
+        number = threads or self.threads or 1
+        bundle = self.version.bundle
+        if bundle is None:
+            return Candidate(self.version.variant, self.version.file, "", spec, number)
+        variant = variant or bundle.manifest.variant(self.version.variant)
+        return Candidate(variant.name, bundle.path / variant.file, variant.sha256, spec, number)
+
+    def key(self, folder: Path, runtime: Runtime, board: str) -> str:
+        """Name the choice by all that it depends on, but for accelerators."""
+        files = [
+            [variant.name, variant.file, variant.sha256]
+            if variant is not None
+            else ["", "", _hash(self.version.file, folder)]
+            for variant in self.variants()
+        ]
+        samples = self.version.bundle.manifest.files.get("samples.npz") if self.version.bundle is not None else None
+        specs = [dataclasses.astuple(each) for each in ([self.delegate] if self.delegate else []) + list(self.fallback)]
+        libraries = [
+            _stamp(Path(each.library)) for each in (self.delegate, *self.fallback) if each is not None and each.library
+        ]
+        parts = [
+            FORMAT,
+            files,
+            samples,
+            specs,
+            libraries,
+            self.threads,
+            self.signature,
+            [runtime.name, runtime.installed],
+            [board, os.uname().machine, available_cores()],
+            # Packages and libraries that come, go or are updated: a new delegate may be among them.
+            [_stamp(Path(sysconfig.get_path("purelib"))), _stamp(Path("/etc/ld.so.cache"))],
+        ]
+        return sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _alike(first: Variant, other: Variant) -> bool:
+    """Say whether a variant's tensors have the names and shapes of another one's; types are converted (adapted.py)."""
+    return all(
+        {(tensor.name, tensor.shape) for tensor in have} == {(tensor.name, tensor.shape) for tensor in want}
+        for have, want in ((other.inputs, first.inputs), (other.outputs, first.outputs))
+    )
+
+
+# Trials.
+
+
+def _measured(wish: _Wish, runtime: Runtime, root: Path, stop: Callable[[], bool] | None) -> Choice:
+    """Choose among all that is there."""
+    candidates, reasons = [], []
+    found = list(_found(root))
+    for variant in wish.variants():
+        compiled = variant is not None and EDGE_TPU_OPERATOR in variant.operators
+        for each in found:
+            if compiled and each.spec.name != "edgetpu":
+                continue
+            if each.why_not:
+                reasons.append(f"{each.spec.label}: {each.why_not}{f'; {each.remedy}' if each.remedy else ''}")
+                continue
+            if each.spec.name == "edgetpu" and variant is not None and not compiled:
+                reasons.append(f"{variant.name} on {each.spec.label}: is not compiled for an Edge TPU")
+                continue
+            candidates += [wish.candidate(each.spec, variant, threads) for threads in _threads(wish, each.spec)]
+    trials = try_all(candidates, _golden(wish), Plan(runtime.name, wish.signature), stop=stop)
+    right = [trial for trial in trials if trial.right]
+    if not right:
+        raise ModelError(_nothing(wish, trials, reasons))
+    return _ranked(wish, trials, right, reasons)
+
+
+def _ranked(wish: _Wish, trials: Sequence[Trial], right: list[Trial], reasons: list[str]) -> Choice:
+    fastest = min(_latency(trial) for trial in right)
+    nearly = [trial for trial in right if _latency(trial) <= max(fastest * NEARLY, fastest + NEARLY_S)]
+
+    def modest(trial: Trial) -> tuple[int, bool, bool, float]:
+        candidate = trial.candidate
+        return (
+            candidate.threads,
+            candidate.variant != wish.version.variant,
+            candidate.spec.name not in CPU,
+            _latency(trial),
+        )
+
+    winner = min(nearly, key=modest)
+    said = [
+        _said(trial, chosen=trial is winner)
+        for trial in sorted(trials, key=lambda trial: (not trial.right, _latency(trial)))
+    ]
+    line = [winner.candidate]
+    for trial in sorted(right, key=_latency):
+        if all(_kind(trial.candidate) != _kind(each) for each in line):
+            line.append(trial.candidate)
+    # The interpreter's own kernels are the last resort, and what one delegate fails on should not fail on the next.
+    line[1:] = sorted(line[1:], key=lambda each: each.spec.name == "none")
+    return Choice(tuple(line), tuple([*said, *dict.fromkeys(reasons)][:MOST_REASONS]))
+
+
+def _kind(candidate: Candidate) -> tuple[str, str]:
+    return candidate.variant, candidate.spec.label
+
+
+def _explicit(wish: _Wish, delegate: DelegateSpec, runtime: Runtime, stop: Callable[[], bool] | None) -> Choice:
+    """Try the delegate asked for; what may run in its place, only if it cannot be had."""
+    reasons: list[str] = []
+    trials: list[Trial] = []
+    for nth, spec in enumerate((delegate, *wish.fallback)):
+        tried = [wish.candidate(spec, threads=threads) for threads in _threads(wish, spec)]
+        # What was asked for is taken, fast or slow; it has to be right, as far as it takes anything.
+        found = try_all(tried, _golden(wish), Plan(runtime.name, wish.signature), stop=stop)
+        trials += found
+        right = [trial for trial in found if trial.right]
+        if spec.name == "xnnpack" and not found[0].taken and found[0].total:
+            right = found[:1]  # the service says that it is none in fact
+        if right:
+            best = min(right, key=lambda trial: (trial.candidate.threads if len(right) == 1 else 0, _latency(trial)))
+            reasons += [_said(trial, chosen=trial is best) for trial in trials]
+            rest = [wish.candidate(each) for each in wish.fallback[nth:] if each.label != spec.label]
+            line = [best.candidate, *rest]
+            line += [
+                each for each in _stand_ins(wish, spec) if all(each.spec.label != have.spec.label for have in line)
+            ]
+            return Choice(tuple(line), tuple(reasons[:MOST_REASONS]), strict=not wish.fallback)
+    raise ModelError(_nothing(wish, trials, reasons))
+
+
+def _stand_ins(wish: _Wish, delegate: DelegateSpec) -> list[Candidate]:
+    """Give what goes on when an explicit delegate fails in service: the CPU, on the first variant that it can run."""
+    for variant in wish.variants():
+        if variant is None or EDGE_TPU_OPERATOR not in variant.operators:
+            names = CPU[CPU.index(delegate.name) + 1 :] if delegate.name in CPU else CPU
+            return [wish.candidate(DelegateSpec(name), variant) for name in names]
+    return []
+
+
+def _found(root: Path) -> Iterator[Found]:
+    """Give what this machine may have, the CPU first."""
+    names = plugins.names("delegates")
+    for name in (*CPU, *(name for name in names if name not in CPU)):
+        try:
+            part = plugins.load("delegates", name)
+        except plugins.UnknownPartError as error:
+            log.warning("delegate %s: %s", name, error)
+            continue
+        yield from part.find(root)
+
+
+def _threads(wish: _Wish, spec: DelegateSpec) -> list[int]:
+    if wish.threads:
+        return [wish.threads]
+    if not load_part(spec).threaded:
+        return [1]
+    most, found = min(available_cores(), MOST_THREADS), [1]
+    while found[-1] * 2 <= most:
+        found.append(found[-1] * 2)
+    return found
+
+
+def _golden(wish: _Wish) -> dict[str, Golden]:
+    bundle = wish.version.bundle
+    if bundle is None or wish.signature not in (None, DEFAULT_SIGNATURE):
+        return {}
+    found = {}
+    for variant in wish.variants():
+        assert variant is not None
+        bundle.verify(variant.file)
+        name = variant.samples or bundle.manifest.samples
+        tolerance = variant.quality.get("tolerance", {})
+        if name is not None:
+            numbers = {key: float(value) for key, value in tolerance.items() if isinstance(value, (int, float))}
+            found[variant.name] = Golden(bundle.verify(name), variant.name, numbers)
+    return found
+
+
+def _latency(trial: Trial) -> float:
+    return trial.latency_s if trial.latency_s is not None else float("inf")
+
+
+def _said(trial: Trial, *, chosen: bool) -> str:
+    if trial.reason:
+        return f"{trial.candidate.label}: {trial.reason}"[:MAX_REASON]
+    return f"{trial.candidate.label}: {duration(_latency(trial))}{'; chosen' if chosen else ''}"
+
+
+def duration(seconds: float) -> str:
+    """Write a latency as people read it: "27 µs", "1.94 ms"."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= unit or name == "µs":
+            return f"{seconds / unit:.3g} {name}"
+    raise AssertionError
+
+
+def _nothing(wish: _Wish, trials: Sequence[Trial], reasons: list[str]) -> str:
+    # More threads are tried where one was right only.
+    lines = [_said(trial, chosen=False) for trial in trials if trial.candidate.threads == 1 or wish.threads]
+    lines += reasons
+    if len(lines) == 1:
+        return f"{wish.version.file}: {lines[0]}"
+    return f"{wish.version.file}: nothing here can run this model as asked:\n" + "\n".join(
+        f"  {line}" for line in lines
+    )
+
+
+# What is kept.
+
+
+def reasons(folder: Path, file: Path) -> list[list[str]]:
+    """Give the reasons of all choices that are kept for a model file or another variant of its bundle, newest first."""
+    wanted = str(file.resolve().parent)
+    entries = _read(folder)["choices"].values()
+    return [
+        [str(reason) for reason in entry["reasons"]]
+        for entry in reversed(list(entries))
+        if any(str(Path(each["file"]).resolve().parent) == wanted for each in entry["line"])
+    ]
+
+
+def _recall(folder: Path, key: str, wish: _Wish, devices: Sequence[str]) -> Choice | None:
+    entry = _read(folder)["choices"].get(key)
+    if entry is None:
+        with _lock:
+            seen, known = _memory.get(key, ([], None))
+        if known is None or not set(devices) <= set(seen):
+            return None
+        _keep(folder, key, known, seen)
+        return known
+    if not set(devices) <= set(entry["devices"]):
+        return None
+    try:
+        line = tuple(_candidate(wish, each) for each in entry["line"])
+        choice = Choice(line, tuple(map(str, entry["reasons"])), cached=True, strict=bool(entry["strict"]))
+    except (KeyError, TypeError, ValueError) as error:
+        log.warning("%s: an entry is damaged (%r); delegates are measured again", folder / FILE, error)
+        return None
+    for each in line:
+        if wish.version.bundle is not None and each.variant != wish.version.variant:
+            wish.version.bundle.verify(each.file.name)
+    return choice if line else None
+
+
+def _candidate(wish: _Wish, entry: dict[str, Any]) -> Candidate:
+    """Make a candidate of a kept one: its file comes from the bundle of now, never from the cache."""
+    variant = None
+    if wish.version.bundle is not None:
+        variant = next(each for each in wish.variants() if each is not None and each.name == entry["variant"])
+    spec = DelegateSpec(
+        str(entry["delegate"]["name"]),
+        str(entry["delegate"]["index"]),
+        str(entry["delegate"]["library"]),
+        tuple((str(name), str(value)) for name, value in entry["delegate"]["options"]),
+    )
+    threads = int(entry["threads"])
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(threads)
+    return wish.candidate(spec, variant, threads)
+
+
+def _remember(folder: Path, key: str, choice: Choice, devices: Sequence[str]) -> None:
+    """Keep a choice, in this process and in the folder; one that cannot be written costs the next start a new choice."""
+    with _lock:
+        if len(_memory) >= MOST_ENTRIES:
+            _memory.clear()
+        _memory[key] = (list(devices), dataclasses.replace(choice, cached=True))
+    _keep(folder, key, choice, devices)
+
+
+def _keep(folder: Path, key: str, choice: Choice, devices: Sequence[str]) -> None:
+    entry = {
+        "devices": list(devices),
+        "strict": choice.strict,
+        "reasons": list(choice.reasons),
+        "line": [
+            {
+                "variant": each.variant,
+                "file": str(each.file),
+                "threads": each.threads,
+                "delegate": {
+                    "name": each.spec.name,
+                    "index": each.spec.index,
+                    "library": each.spec.library,
+                    "options": [list(option) for option in each.spec.options],
+                },
+            }
+            for each in choice.line
+        ],
+    }
+    known = _read(folder)
+    known["choices"].pop(key, None)
+    known["choices"] = dict([*known["choices"].items(), (key, entry)][-MOST_ENTRIES:])
+    _write(folder, known)
+
+
+def _hash(file: Path, folder: Path) -> str:
+    """Give a bare file's SHA-256; one whose size, time and inode are known is not read again."""
+    path, stamp = str(file.resolve()), _stamp(file)
+    known = _read(folder)
+    entry = known["files"].get(path)
+    if isinstance(entry, list) and entry[:1] == [stamp] and len(entry) == 2:
+        return str(entry[1])
+    digest = sha256_of(file)
+    known["files"].pop(path, None)
+    known["files"] = dict([*known["files"].items(), (path, [stamp, digest])][-MOST_ENTRIES:])
+    _write(folder, known)
+    return digest
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    empty: dict[str, Any] = {"format": FORMAT, "choices": {}, "files": {}}
+    file = folder / FILE
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            return empty
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return empty
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s: cannot be read (%s); delegates are measured again", file, error)
+        return empty
+    if not isinstance(known, dict) or known.get("format") != FORMAT:
+        return empty
+    if not all(isinstance(known.get(part), dict) for part in ("choices", "files")):
+        return empty
+    choices = {key: entry for key, entry in known["choices"].items() if _sound(entry)}
+    return {"format": FORMAT, "choices": choices, "files": known["files"]}
+
+
+def _sound(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), list) for key in ("devices", "reasons", "line"))
+        and all(isinstance(each, dict) and isinstance(each.get("file"), str) for each in entry["line"])
+        and all(isinstance(each, str) for each in entry["devices"])
+    )
+
+
+def _write(folder: Path, known: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f"{FILE}.new"
+        draft.write_text(json.dumps(known), encoding="utf-8")
+        draft.replace(folder / FILE)
+    except OSError as error:
+        log.debug("%s: cannot be written (%s); delegates are measured again at the next start", folder / FILE, error)
+
+
+def _stamp(path: Path) -> list[int]:
+    """Give what changes when a file does; its size, times and inode."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _devices(root: Path) -> Iterator[str]:
+    """Name the accelerators that are there now, as cheaply as it can be told."""
+    for folder, prefixes in (("dev", DEVICES), ("dev/dri", ("renderD",))):
+        try:
+            names = os.listdir(root / folder)  # noqa: PTH208  # names are all it takes
+        except OSError:
+            continue
+        yield from (name for name in names if name.startswith(prefixes))
+    base = root / "sys/bus/usb/devices"
+    try:
+        names = os.listdir(base)  # noqa: PTH208  # likewise
+    except OSError:
+        return
+    number = 0
+    for name in names:
+        try:
+            ids = tuple(
+                (base / name / which).read_text(encoding="ascii").strip() for which in ("idVendor", "idProduct")
+            )
+        except (OSError, ValueError):
+            continue  # an interface or a hub's port
+        if ids in USB_IDS:
+            yield f"usb-edgetpu-{number}"
+            number += 1

@@ -1,0 +1,208 @@
+"""Delegates in a running service: chosen and told of, left when they fail without losing an input, and taken up again."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_serve.model import resilient
+from tests.delegates import add_model, library, tpu_model
+from tests.support import MODELS, Client, InProcess, Mosquitto, Service, edge_serve, wait_for, write_config
+
+pytestmark = pytest.mark.broker
+
+CONFIG = """
+    schema = 1
+    device = "dev"
+    state_dir = "state"
+    [mqtt]
+    url = "{url}"
+    [status]
+    interval_s = 1
+    [pipeline]
+    name = "p"
+    model = "{model}"
+    {pipeline}
+    [pipeline.source]
+    type = "mqtt"
+    topic = "in/#"
+    [pipeline.sink]
+    type = "mqtt"
+    topic = "results"
+"""
+
+
+def config(folder: Path, url: str, pipeline: str, model: Path | None = None) -> Path:
+    return write_config(folder, CONFIG, url=url, model=model or add_model(folder), pipeline=pipeline)
+
+
+def delegate(**options: object) -> str:
+    """Write the `delegate` of a pipeline: the test library with these options."""
+    listed = ", ".join(f'{key} = "{value}"' for key, value in options.items())
+    return f'delegate = {{ library = "{library()}", options = {{ {listed} }} }}'
+
+
+def payload(number: int) -> bytes:
+    return struct.pack("<4f", number, 0.5, -1.0, 2.0)
+
+
+class Feed:
+    """Sends numbered inputs and holds the results against them."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.sent = 0
+
+    def send(self, number: int) -> None:
+        for _ in range(number):
+            self.client.publish(
+                f"in/{self.sent}",
+                payload(self.sent),
+                user={"id": f"f{self.sent}"},
+                ContentType="application/octet-stream",
+            )
+            self.sent += 1
+
+    def all_there(self) -> list[str]:
+        """Wait for the results of all; gives the delegates that they were made on, in order."""
+        documents = {each["id"]: each for each in self.client.wait_ids({f"f{number}" for number in range(self.sent)})}
+        for number in range(self.sent):
+            found = documents[f"f{number}"]["result"]["tensors"]["y"]["data"]
+            assert found == [[-2.0 * number, -1.0, 2.0, -4.0]], "no result is lost, and none is wrong"
+        return [documents[f"f{number}"]["model"]["delegate"] for number in range(self.sent)]
+
+
+def status(config: Path) -> dict[str, Any]:
+    done = edge_serve("status", "-c", config, "--json")
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+@pytest.fixture
+def broker(make_broker: Callable[..., Mosquitto]) -> Mosquitto:
+    return make_broker().start()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"invoke": "fail"}, "the test delegate fails, as it was told to"),
+        ({"invoke": "hang"}, "did not answer within 0.6"),
+        ({"invoke": "crash"}, "SIGSEGV"),
+        ({"invoke": "nan"}, "it gave NaN where the next one in line does not"),
+    ],
+    ids=["raises", "hangs", "crashes", "gives NaN"],
+)
+def test_a_delegate_that_fails_in_service_costs_no_input(
+    tmp_path: Path, broker: Mosquitto, how: dict[str, str], says: str
+) -> None:
+    when = tmp_path / "when"
+    file = config(tmp_path, broker.url, "threads = 1\n" + delegate(**how, when=when))
+    with Service(file).ready() as service, Client(broker.port, "results") as client:
+        feed = Feed(client)
+        feed.send(20)
+        assert set(feed.all_there()) == {"external:libmisbehave"}
+        when.touch()
+        feed.send(200)
+        assert "external:libmisbehave" not in feed.all_there()[20:]
+        assert says in service.text
+
+
+def test_what_was_unplugged_is_degraded_and_taken_up_again(tmp_path: Path, broker: Mosquitto) -> None:
+    gone = tmp_path / "gone"
+    file = config(tmp_path, broker.url, "threads = 1\n" + delegate(unplugged=gone))
+    with Service(file).ready() as service, Client(broker.port, "results") as client:
+        feed = Feed(client)
+        feed.send(10)
+        assert set(feed.all_there()) == {"external:libmisbehave"}
+        assert status(file)["state"] == "online"
+        gone.touch()
+        begun = time.monotonic()
+        feed.send(10)
+        assert "external:libmisbehave" not in feed.all_there()[10:]
+        assert time.monotonic() - begun < 20
+        found = status(file)
+        assert found["state"] == "degraded"
+        (problem,) = found["problems"]
+        assert "instead of external:libmisbehave" in problem
+        gone.unlink()
+
+        def back() -> bool:
+            feed.send(1)
+            return feed.all_there()[-1] == "external:libmisbehave"
+
+        wait_for(back, "it is taken up again", 60.0)
+        assert "is well again and taken up" in service.text
+        wait_for(lambda: status(file)["state"] == "online", "the service is well")
+
+
+def test_an_explicit_delegate_that_is_not_there_stops_the_start(tmp_path: Path, broker: Mosquitto) -> None:
+    file = config(tmp_path, broker.url, 'delegate = "/none/libx.so"')
+    done = edge_serve("run", "-c", file)
+    assert done.returncode == 2
+    assert b"/none/libx.so cannot be loaded" in done.stderr
+
+
+def test_a_fallback_takes_its_place_and_says_so(tmp_path: Path, broker: Mosquitto) -> None:
+    file = config(tmp_path, broker.url, 'delegate = "/none/libx.so"\nfallback = ["xnnpack"]')
+    with Service(file).ready() as service, Client(broker.port, "results") as client:
+        feed = Feed(client)
+        feed.send(3)
+        assert "external:libx" not in feed.all_there()
+        assert "cannot be loaded" in service.text
+        pipeline = status(file)["pipelines"]["p"]
+        assert any("cannot be loaded" in reason for reason in pipeline["reasons"])
+
+
+def test_auto_says_why_in_the_log_the_status_and_inspect(tmp_path: Path, broker: Mosquitto) -> None:
+    file = config(tmp_path, broker.url, "", MODELS / "digits.tflite")
+    with Service(file).ready() as service:
+        assert "; chosen" in service.text
+        (reasons,) = (each["reasons"] for each in status(file)["pipelines"].values())
+        assert "; chosen" in reasons[0]
+    told = edge_serve("inspect", MODELS / "digits.tflite", "-c", file, "--json")
+    assert json.loads(told.stdout)["choices"] == [reasons]
+    with Service(file).ready() as service:
+        assert "; chosen" not in service.text, "the choice is kept"
+
+
+def test_a_stand_in_edge_tpu_that_two_want_is_had_by_one(tmp_path: Path, broker: Mosquitto) -> None:
+    text = f'delegate = {{ name = "edgetpu", library = "{library()}", options = {{ claims = "tpu", lock = "{tmp_path}/tpu" }} }}'
+    compiled = tpu_model(tmp_path)
+    first = config(tmp_path, broker.url, text, compiled)
+    other = tmp_path / "other"
+    other.mkdir()
+    second = config(other, broker.url, text, compiled)
+    with Service(first).ready():
+        done = edge_serve("run", "-c", second)
+        assert done.returncode in (2, 3)
+        assert b"does no other process have it" in done.stderr
+
+
+def test_a_damaged_file_from_nowhere_does_not_take_the_service_down(tmp_path: Path, broker: Mosquitto) -> None:
+    data = bytearray((MODELS / "digits.tflite").read_bytes())
+    # A table's offset that leads far away: the runtime reads what is not there.
+    data[100:400] = b"\xff" * 300
+    damaged = tmp_path / "damaged.tflite"
+    damaged.write_bytes(data)
+    done = edge_serve("run", "-c", config(tmp_path, broker.url, "", damaged))
+    assert done.returncode in (2, 3), done.stderr
+    assert b"damaged.tflite" in done.stderr
+
+
+def test_in_process_a_quick_pipeline_never_helps_with_a_delegate_that_may_hang(
+    tmp_path: Path, broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resilient, "FIRST_DELAY_S", 0.05)
+    file = config(tmp_path, broker.url, "threads = 1\n" + delegate())
+    with InProcess(file) as service, Client(broker.port, "results") as client:
+        feed = Feed(client)
+        feed.send(50)
+        assert set(feed.all_there()) == {"external:libmisbehave"}
+        assert not service.app.lines[0].pipeline._may_help()
