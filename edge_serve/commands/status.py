@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from edge_serve.commands.tables import table
 from edge_serve.config import DEFAULT_FILE
 from edge_serve.errors import EXIT_GATE, EXIT_OK, ProtocolError, UnavailableError
 
@@ -63,9 +64,7 @@ def render(document: dict[str, Any], process: object) -> str:
         f"edge-serve {document['version']} (process {process}), {up}, {document['runtime']} on {document['board']}",
         "",
     ]
-    rows = [COLUMNS, *(_row(name, numbers) for name, numbers in document["pipelines"].items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += table(COLUMNS, [_row(name, numbers) for name, numbers in document["pipelines"].items()])
     spool = document["spool"]
     if spool["items"] or spool["dropped"]:
         lines += ["", f"spool: {spool['items']} results, {spool['bytes']} bytes; dropped: {_sum(spool['dropped'])}"]
