@@ -13,7 +13,7 @@ from edge_serve_devices import boards, hardware
 from edge_serve_devices.boards import profiles, recognise
 from edge_serve_devices.delegates import EdgeTpu, Gpu
 from tests.boards import NAMES, tree
-from tests.unit.test_cli import Run, run  # noqa: F401  # a fixture
+from tests.unit.commands import Run
 
 PROFILES = {
     "pi-zero-2-w": ("raspberry-pi-zero-2-w", "armv7l", 32),
@@ -194,7 +194,7 @@ def test_an_npu_is_named_with_the_way_to_it(tmp_path: Path) -> None:
     assert (tpu.delegate, tpu.usable, npu.name) == ("edgetpu:pci:0", True, "VeriSilicon NPU")
 
 
-def test_the_command_lists_them_for_people_and_machines(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_the_command_lists_them_for_people_and_machines(tmp_path: Path, run: Run) -> None:
     root = tree(tmp_path, "cm4")
     document: dict[str, Any] = run("devices", "--root", str(root), "--json").document
     assert document["board"]["profile"] == "raspberry-pi-4"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +19,11 @@ from edge_serve.commands import COMMANDS
 from edge_serve.commands.config import render
 from edge_serve.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, EXIT_USAGE
 from edge_serve.plugins import BUILTIN
+from tests.unit.commands import Outcome, Run
 from tests.unit.material import BIAS, WEIGHTS, assert_close, bundle, encoded, model, plain, problems, rewrite, sound
 
 ROOT = Path(__file__).parents[2]
 HERE = [name for name in COMMANDS if name not in ("convert", "demo")]
-
-
-@dataclasses.dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out)
-        return found
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Outcome:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(each) for each in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        assert "\x1b" not in captured.out + captured.err
-        return Outcome(caught.value.code, captured.out, captured.err)
-
-    return run
 
 
 # The command itself.

@@ -15,8 +15,8 @@ from edge_serve_devices import doctor
 from edge_serve_devices.doctor import Finding, examine, temperature
 from tests.boards import tree
 from tests.support import Mosquitto, write_config
+from tests.unit.commands import Run
 from tests.unit.material import model
-from tests.unit.test_cli import Run, run  # noqa: F401  # a fixture
 
 
 def found(root: Path, **options: Any) -> dict[str, Finding]:
@@ -161,7 +161,7 @@ def test_brokers_and_models_of_a_configuration_are_looked_at(
     assert "→ check url, network" in outcome.out
 
 
-def test_mistakes_of_a_configuration_are_findings(tmp_path: Path, run: Run) -> None:  # noqa: F811
+def test_mistakes_of_a_configuration_are_findings(tmp_path: Path, run: Run) -> None:
     file = write_config(tmp_path, CONFIG, url="mqtt://127.0.0.1:1", more='password = "secret"', linear=model("linear"))
     outcome = run("doctor", "-c", str(file), "--json")
     assert outcome.code == EXIT_GATE
@@ -169,7 +169,7 @@ def test_mistakes_of_a_configuration_are_findings(tmp_path: Path, run: Run) -> N
     assert "secret" not in outcome.out
 
 
-def test_it_says_that_all_is_well(run: Run) -> None:  # noqa: F811
+def test_it_says_that_all_is_well(run: Run) -> None:
     outcome = run("doctor")
     assert "with -c FILE" in outcome.out
     assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in outcome.out
