@@ -21,6 +21,7 @@ COMMANDS = {
     "config": ("edge_serve.commands.config:config", "Write a commented configuration to begin with."),
     "infer": ("edge_serve.commands.infer:infer", "Run a model once on photos, arrays or samples."),
     "inspect": ("edge_serve.commands.inspect:inspect", "Show a model's signatures, tensors, operators and delegates."),
+    "bench": ("edge_serve.commands.bench:bench", "Measure a model on every delegate that is here."),
     "doctor": ("edge_serve.commands.doctor:doctor", "Find what is wrong with this machine, and say what to do."),
     "devices": ("edge_serve.commands.devices:devices", "List accelerators and cameras."),
     "send": ("edge_serve.commands.send:send", "Send inputs to a running pipeline's socket and print the answers."),

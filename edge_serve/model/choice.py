@@ -205,6 +205,37 @@ def _measured(wish: _Wish, runtime: Runtime, root: Path, stop: Callable[[], bool
     return _ranked(wish, trials, right, reasons)
 
 
+def everything(
+    version: ModelVersion,
+    variants: Sequence[str],
+    specs: Sequence[DelegateSpec] | None,
+    threads: Sequence[int],
+    signature: str | None,
+    root: Path = Path("/"),
+) -> tuple[list[Candidate], dict[str, Golden], list[str]]:
+    """Give every way to run a model, for a benchmark, the golden samples by variant, and what is left out and why.
+
+    Empty `variants` and `threads`, and `specs` None, mean all that there are. BundleError names the variants of a bundle.
+    """
+    bundle = version.bundle
+    chosen: list[Variant | None] = [None]
+    if bundle is not None:
+        chosen = [bundle.manifest.variant(name) for name in variants] or list(bundle.manifest.variants)
+    elif variants and set(variants) != {version.variant}:
+        raise ModelError(f"{version.file}: has no variant {variants[0]!r}: it is a single file; leave --variant out")
+    wish = _Wish(version, None, (), None, 0, signature)
+    candidates, left_out = [], []
+    found = [Found(spec) for spec in specs] if specs is not None else list(_found(root))
+    for each in found:
+        if each.why_not:
+            left_out.append(f"{each.spec.label}: {each.why_not}")
+            continue
+        numbers = list(threads) or _threads(wish, each.spec)
+        candidates += [wish.candidate(each.spec, variant, number) for variant in chosen for number in numbers]
+    golden = _golden(wish, [variant for variant in chosen if variant is not None])
+    return candidates, golden, left_out
+
+
 def _ranked(wish: _Wish, trials: Sequence[Trial], right: list[Trial], reasons: list[str]) -> Choice:
     fastest = min(_latency(trial) for trial in right)
     nearly = [trial for trial in right if _latency(trial) <= max(fastest * NEARLY, fastest + NEARLY_S)]
@@ -292,12 +323,13 @@ def _threads(wish: _Wish, spec: DelegateSpec) -> list[int]:
     return found
 
 
-def _golden(wish: _Wish) -> dict[str, Golden]:
+def _golden(wish: _Wish, variants: Sequence[Variant] | None = None) -> dict[str, Golden]:
+    """Give the golden samples by variant, and hold the variants' files against their hashes."""
     bundle = wish.version.bundle
     if bundle is None or wish.signature not in (None, DEFAULT_SIGNATURE):
         return {}
     found = {}
-    for variant in wish.variants():
+    for variant in variants if variants is not None else wish.variants():
         assert variant is not None
         bundle.verify(variant.file)
         name = variant.samples or bundle.manifest.samples
