@@ -21,14 +21,12 @@ from edge_serve.errors import ConfigError, ModelError, Problem, UsageError
 from edge_serve.health import Counters, board
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import delegate as delegates
-from edge_serve.model.adapted import adapt
 from edge_serve.model.choice import Choice, choose
-from edge_serve.model.delegate import DelegateSpec, Runnable
+from edge_serve.model.delegate import Candidate, DelegateSpec, Runnable
 from edge_serve.model.interpreter import Runtime
 from edge_serve.model.opening import open_model
 from edge_serve.model.repository import ModelVersion, find
 from edge_serve.model.resilient import ResilientEngine
-from edge_serve.model.trial import Candidate
 from edge_serve.pipeline import Pipeline, Worker
 from edge_serve.processing.setup import Meaning, model_info, settle
 from edge_serve.quarantine import Guard, Quarantine
@@ -127,6 +125,10 @@ class _Opener:
         if self._face is None or engine.inputs.keys() != self._face[0].keys():
             # A bare file, or a manifest that knows its tensors by other names: there is one variant, and this is its face.
             self._face = (engine.inputs, engine.outputs)
+        if (engine.inputs, engine.outputs) == self._face:
+            return engine
+        from edge_serve.model.adapted import adapt  # only where another variant stands in
+
         try:
             return adapt(engine, *self._face)
         except ModelError:

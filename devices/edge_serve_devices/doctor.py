@@ -187,8 +187,9 @@ def _small_model() -> Path | None:
 
 
 def _opened(label: str, model: Path, spec: DelegateSpec) -> Finding:
+    from edge_serve.model.delegate import Candidate
     from edge_serve.model.interpreter import load_runtime
-    from edge_serve.model.trial import Candidate, Plan, try_all
+    from edge_serve.model.trial import Plan, try_all
 
     try:
         runtime = load_runtime()

@@ -16,8 +16,9 @@ from edge_serve.commands.tables import table
 from edge_serve.errors import EXIT_GATE, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
+    from edge_serve.model.delegate import Candidate
     from edge_serve.model.repository import ModelVersion
-    from edge_serve.model.trial import Candidate, Trial
+    from edge_serve.model.trial import Trial
 
 MAX_SECONDS = 600.0
 PROFILE_SECONDS = 0.03
@@ -124,11 +125,11 @@ def _candidates(
     threads: Sequence[int],
     signature: str | None,
 ) -> tuple[list[Candidate], dict[str, Any], list[str]]:
-    from edge_serve.model import choice
+    from edge_serve.model import selection
     from edge_serve.model.delegate import DelegateSpec
 
     specs = [DelegateSpec.parse(each) for each in delegates] or None
-    return choice.everything(version, variants, specs, threads, signature)
+    return selection.everything(version, variants, specs, threads, signature)
 
 
 def _measure(
@@ -180,7 +181,7 @@ def _document(trial: Trial) -> dict[str, Any]:
 
 
 def _print(trials: Sequence[Trial]) -> None:
-    from edge_serve.model.choice import duration
+    from edge_serve.model.selection import duration
 
     right = sorted((trial for trial in trials if trial.right), key=lambda trial: trial.percentiles["p50"])
     slowest = right[-1].percentiles["p50"] if right else 0.0
@@ -223,12 +224,11 @@ def _profile(
     as_json: bool,
     show: Callable[[str], None],
 ) -> int:
-    from edge_serve.model import choice
-    from edge_serve.model.delegate import DelegateSpec
+    from edge_serve.model import selection
+    from edge_serve.model.delegate import Candidate, DelegateSpec
     from edge_serve.model.profile import split
-    from edge_serve.model.trial import Candidate
 
-    (candidate, *_), _, _ = choice.everything(
+    (candidate, *_), _, _ = selection.everything(
         version, variants[:1] or [version.variant], [DelegateSpec("none")], [1], None
     )
     with tempfile.TemporaryDirectory(prefix="edge-serve-profile-") as folder:
@@ -263,7 +263,10 @@ def _profile(
         (
             str(each.number),
             each.name,
-            *(choice.duration(times[each.number][label]) if label in times[each.number] else "-" for label in labels),
+            *(
+                selection.duration(times[each.number][label]) if label in times[each.number] else "-"
+                for label in labels
+            ),
             f"{times[each.number].get(labels[0], 0.0) / total:.1%}",
             each.output if len(each.output) <= WIDEST else f"…{each.output[1 - WIDEST :]}",
         )

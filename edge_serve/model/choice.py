@@ -1,7 +1,7 @@
 """What a model runs on: chosen by measurement, once for each model, runtime and board, and kept in the state directory.
 
 `delegate = "auto"` tries every delegate that this machine may have, with 1, 2, 4 … threads, on every variant of the bundle that can
-stand in for the one asked for. Whatever is right counts (trial.py), the fastest is taken, and all that were right make the line of
+stand in for the one asked for. Whatever is right counts (selection.py), the fastest is taken, and all that were right make the line of
 those who go on when one fails (resilient.py). An explicit delegate is tried alone: as a proof that a file from nowhere does not take
 the service down, and for its threads.
 
@@ -16,7 +16,6 @@ import dataclasses
 import json
 import logging
 import os
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,15 +23,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edge_serve import plugins
 from edge_serve.bundle import Variant, sha256_of
-from edge_serve.errors import ModelError
-from edge_serve.model.delegate import CPU, DelegateSpec, Found
+from edge_serve.model.delegate import CPU, Candidate, DelegateSpec
 from edge_serve.model.engine import available_cores
 from edge_serve.model.interpreter import Runtime
-from edge_serve.model.opening import load_part
 from edge_serve.model.repository import ModelVersion
-from edge_serve.model.trial import Candidate, Golden, Plan, Trial, try_all
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +36,7 @@ FORMAT = 1
 MAX_BYTES = 1024 * 1024
 # Older entries make room; a board runs a handful of models.
 MOST_ENTRIES = 64
-MOST_REASONS = 64
-MAX_REASON = 300
 MOST_THREADS = 8
-# Of those that are nearly as fast as the fastest, the one that asks least is taken: fewer threads, the variant that was asked
-# for, the CPU. Nearly is the larger of a share and of a time that no clock here tells from nothing.
-NEARLY = 1.03
-NEARLY_S = 1e-6
 # A compiled model holds this operator, and runs on nothing else.
 EDGE_TPU_OPERATOR = "edgetpu-custom-op"
 DEFAULT_SIGNATURE = "serving_default"
@@ -97,22 +86,28 @@ def choose(
     `folder` is where choices are kept, `board` names this machine's kind. Raises ModelError with all reasons if nothing is
     right, or if an explicit delegate cannot be had and no `fallback` can.
     """
-    wish = _Wish(version, delegate, tuple(fallback), variant, threads, signature)
+    wish = Wish(version, delegate, tuple(fallback), variant, threads, signature)
     if delegate is not None and threads and version.bundle is not None and not fallback:
         # A file with a known hash, and nothing to choose: opening it tells all.
-        return Choice((wish.candidate(delegate), *_stand_ins(wish, delegate)), (), cached=True, strict=True)
+        return Choice((wish.candidate(delegate), *stand_ins(wish, delegate)), (), cached=True, strict=True)
     key = wish.key(folder, runtime, board)
     devices = sorted(_devices(root))
     kept = _recall(folder, key, wish, devices)
     if kept is not None:
         return kept
-    choice = _measured(wish, runtime, root, stop) if delegate is None else _explicit(wish, delegate, runtime, stop)
-    _remember(folder, key, choice, devices)
-    return choice
+    from edge_serve.model import selection  # a start with a kept choice does without child processes
+
+    made = (
+        selection.measured(wish, runtime, root, stop)
+        if delegate is None
+        else selection.explicit(wish, delegate, runtime, stop)
+    )
+    _remember(folder, key, made, devices)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
-class _Wish:
+class Wish:
     """What was asked for, and the files that may serve it."""
 
     version: ModelVersion
@@ -166,7 +161,7 @@ class _Wish:
             [runtime.name, runtime.installed],
             [board, os.uname().machine, available_cores()],
             # Packages and libraries that come, go or are updated: a new delegate may be among them.
-            [_stamp(Path(sysconfig.get_path("purelib"))), _stamp(Path("/etc/ld.so.cache"))],
+            [_stamp(runtime.folder), _stamp(Path("/etc/ld.so.cache"))],
         ]
         return sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -179,194 +174,13 @@ def _alike(first: Variant, other: Variant) -> bool:
     )
 
 
-# Trials.
-
-
-def _measured(wish: _Wish, runtime: Runtime, root: Path, stop: Callable[[], bool] | None) -> Choice:
-    """Choose among all that is there."""
-    candidates, reasons = [], []
-    found = list(_found(root))
-    for variant in wish.variants():
-        compiled = variant is not None and EDGE_TPU_OPERATOR in variant.operators
-        for each in found:
-            if compiled and each.spec.name != "edgetpu":
-                continue
-            if each.why_not:
-                reasons.append(f"{each.spec.label}: {each.why_not}{f'; {each.remedy}' if each.remedy else ''}")
-                continue
-            if each.spec.name == "edgetpu" and variant is not None and not compiled:
-                reasons.append(f"{variant.name} on {each.spec.label}: is not compiled for an Edge TPU")
-                continue
-            candidates += [wish.candidate(each.spec, variant, threads) for threads in _threads(wish, each.spec)]
-    trials = try_all(candidates, _golden(wish), Plan(runtime.name, wish.signature), stop=stop)
-    right = [trial for trial in trials if trial.right]
-    if not right:
-        raise ModelError(_nothing(wish, trials, reasons))
-    return _ranked(wish, trials, right, reasons)
-
-
-def everything(
-    version: ModelVersion,
-    variants: Sequence[str],
-    specs: Sequence[DelegateSpec] | None,
-    threads: Sequence[int],
-    signature: str | None,
-    root: Path = Path("/"),
-) -> tuple[list[Candidate], dict[str, Golden], list[str]]:
-    """Give every way to run a model, for a benchmark, the golden samples by variant, and what is left out and why.
-
-    Empty `variants` and `threads`, and `specs` None, mean all that there are. BundleError names the variants of a bundle.
-    """
-    bundle = version.bundle
-    chosen: list[Variant | None] = [None]
-    if bundle is not None:
-        chosen = [bundle.manifest.variant(name) for name in variants] or list(bundle.manifest.variants)
-    elif variants and set(variants) != {version.variant}:
-        raise ModelError(f"{version.file}: has no variant {variants[0]!r}: it is a single file; leave --variant out")
-    wish = _Wish(version, None, (), None, 0, signature)
-    candidates, left_out = [], []
-    found = [Found(spec) for spec in specs] if specs is not None else list(_found(root))
-    for each in found:
-        if each.why_not:
-            left_out.append(f"{each.spec.label}: {each.why_not}")
-            continue
-        numbers = list(threads) or _threads(wish, each.spec)
-        candidates += [wish.candidate(each.spec, variant, number) for variant in chosen for number in numbers]
-    golden = _golden(wish, [variant for variant in chosen if variant is not None])
-    return candidates, golden, left_out
-
-
-def _ranked(wish: _Wish, trials: Sequence[Trial], right: list[Trial], reasons: list[str]) -> Choice:
-    fastest = min(_latency(trial) for trial in right)
-    nearly = [trial for trial in right if _latency(trial) <= max(fastest * NEARLY, fastest + NEARLY_S)]
-
-    def modest(trial: Trial) -> tuple[int, bool, bool, float]:
-        candidate = trial.candidate
-        return (
-            candidate.threads,
-            candidate.variant != wish.version.variant,
-            candidate.spec.name not in CPU,
-            _latency(trial),
-        )
-
-    winner = min(nearly, key=modest)
-    said = [
-        _said(trial, chosen=trial is winner)
-        for trial in sorted(trials, key=lambda trial: (not trial.right, _latency(trial)))
-    ]
-    line = [winner.candidate]
-    for trial in sorted(right, key=_latency):
-        if all(_kind(trial.candidate) != _kind(each) for each in line):
-            line.append(trial.candidate)
-    # The interpreter's own kernels are the last resort, and what one delegate fails on should not fail on the next.
-    line[1:] = sorted(line[1:], key=lambda each: each.spec.name == "none")
-    return Choice(tuple(line), tuple([*said, *dict.fromkeys(reasons)][:MOST_REASONS]))
-
-
-def _kind(candidate: Candidate) -> tuple[str, str]:
-    return candidate.variant, candidate.spec.label
-
-
-def _explicit(wish: _Wish, delegate: DelegateSpec, runtime: Runtime, stop: Callable[[], bool] | None) -> Choice:
-    """Try the delegate asked for; what may run in its place, only if it cannot be had."""
-    reasons: list[str] = []
-    trials: list[Trial] = []
-    for nth, spec in enumerate((delegate, *wish.fallback)):
-        tried = [wish.candidate(spec, threads=threads) for threads in _threads(wish, spec)]
-        # What was asked for is taken, fast or slow; it has to be right, as far as it takes anything.
-        found = try_all(tried, _golden(wish), Plan(runtime.name, wish.signature), stop=stop)
-        trials += found
-        right = [trial for trial in found if trial.right]
-        if spec.name == "xnnpack" and not found[0].taken and found[0].total:
-            right = found[:1]  # the service says that it is none in fact
-        if right:
-            best = min(right, key=lambda trial: (trial.candidate.threads if len(right) == 1 else 0, _latency(trial)))
-            reasons += [_said(trial, chosen=trial is best) for trial in trials]
-            rest = [wish.candidate(each) for each in wish.fallback[nth:] if each.label != spec.label]
-            line = [best.candidate, *rest]
-            line += [
-                each for each in _stand_ins(wish, spec) if all(each.spec.label != have.spec.label for have in line)
-            ]
-            return Choice(tuple(line), tuple(reasons[:MOST_REASONS]), strict=not wish.fallback)
-    raise ModelError(_nothing(wish, trials, reasons))
-
-
-def _stand_ins(wish: _Wish, delegate: DelegateSpec) -> list[Candidate]:
+def stand_ins(wish: Wish, delegate: DelegateSpec) -> list[Candidate]:
     """Give what goes on when an explicit delegate fails in service: the CPU, on the first variant that it can run."""
     for variant in wish.variants():
         if variant is None or EDGE_TPU_OPERATOR not in variant.operators:
             names = CPU[CPU.index(delegate.name) + 1 :] if delegate.name in CPU else CPU
             return [wish.candidate(DelegateSpec(name), variant) for name in names]
     return []
-
-
-def _found(root: Path) -> Iterator[Found]:
-    """Give what this machine may have, the CPU first."""
-    names = plugins.names("delegates")
-    for name in (*CPU, *(name for name in names if name not in CPU)):
-        try:
-            part = plugins.load("delegates", name)
-        except plugins.UnknownPartError as error:
-            log.warning("delegate %s: %s", name, error)
-            continue
-        yield from part.find(root)
-
-
-def _threads(wish: _Wish, spec: DelegateSpec) -> list[int]:
-    if wish.threads:
-        return [wish.threads]
-    if not load_part(spec).threaded:
-        return [1]
-    most, found = min(available_cores(), MOST_THREADS), [1]
-    while found[-1] * 2 <= most:
-        found.append(found[-1] * 2)
-    return found
-
-
-def _golden(wish: _Wish, variants: Sequence[Variant] | None = None) -> dict[str, Golden]:
-    """Give the golden samples by variant, and hold the variants' files against their hashes."""
-    bundle = wish.version.bundle
-    if bundle is None or wish.signature not in (None, DEFAULT_SIGNATURE):
-        return {}
-    found = {}
-    for variant in variants if variants is not None else wish.variants():
-        assert variant is not None
-        bundle.verify(variant.file)
-        name = variant.samples or bundle.manifest.samples
-        tolerance = variant.quality.get("tolerance", {})
-        if name is not None:
-            numbers = {key: float(value) for key, value in tolerance.items() if isinstance(value, (int, float))}
-            found[variant.name] = Golden(bundle.verify(name), variant.name, numbers)
-    return found
-
-
-def _latency(trial: Trial) -> float:
-    return trial.latency_s if trial.latency_s is not None else float("inf")
-
-
-def _said(trial: Trial, *, chosen: bool) -> str:
-    if trial.reason:
-        return f"{trial.candidate.label}: {trial.reason}"[:MAX_REASON]
-    return f"{trial.candidate.label}: {duration(_latency(trial))}{'; chosen' if chosen else ''}"
-
-
-def duration(seconds: float) -> str:
-    """Write a latency as people read it: "27 µs", "1.94 ms"."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit or name == "µs":
-            return f"{seconds / unit:.3g} {name}"
-    raise AssertionError
-
-
-def _nothing(wish: _Wish, trials: Sequence[Trial], reasons: list[str]) -> str:
-    # More threads are tried where one was right only.
-    lines = [_said(trial, chosen=False) for trial in trials if trial.candidate.threads == 1 or wish.threads]
-    lines += reasons
-    if len(lines) == 1:
-        return f"{wish.version.file}: {lines[0]}"
-    return f"{wish.version.file}: nothing here can run this model as asked:\n" + "\n".join(
-        f"  {line}" for line in lines
-    )
 
 
 # What is kept.
@@ -383,7 +197,7 @@ def reasons(folder: Path, file: Path) -> list[list[str]]:
     ]
 
 
-def _recall(folder: Path, key: str, wish: _Wish, devices: Sequence[str]) -> Choice | None:
+def _recall(folder: Path, key: str, wish: Wish, devices: Sequence[str]) -> Choice | None:
     entry = _read(folder)["choices"].get(key)
     if entry is None:
         with _lock:
@@ -406,7 +220,7 @@ def _recall(folder: Path, key: str, wish: _Wish, devices: Sequence[str]) -> Choi
     return choice if line else None
 
 
-def _candidate(wish: _Wish, entry: dict[str, Any]) -> Candidate:
+def _candidate(wish: Wish, entry: dict[str, Any]) -> Candidate:
     """Make a candidate of a kept one: its file comes from the bundle of now, never from the cache."""
     variant = None
     if wish.version.bundle is not None:

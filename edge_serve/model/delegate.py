@@ -20,10 +20,27 @@ if TYPE_CHECKING:
     from edge_serve.frame import Array
     from edge_serve.model.interpreter import Runtime
 
-__all__ = ["AUTO", "CPU", "Claims", "Delegate", "DelegateSpec", "Found", "Runnable", "after", "claims"]
+__all__ = ["AUTO", "CPU", "Candidate", "Claims", "Delegate", "DelegateSpec", "Found", "Runnable", "after", "claims"]
 
 # What runs instead where another delegate is of no use: the interpreter's own kernels come last.
 CPU = ("xnnpack", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a model: a variant's file on a delegate with a number of threads."""
+
+    variant: str
+    file: Path
+    sha256: str
+    spec: DelegateSpec
+    threads: int
+
+    @property
+    def label(self) -> str:
+        """Name it for people: "int8 on xnnpack, 2 threads"."""
+        threads = f", {self.threads} threads" if self.threads > 1 else ""
+        return f"{self.variant} on {self.spec.label}{threads}"
 
 
 @dataclass(frozen=True, slots=True)

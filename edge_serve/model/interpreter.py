@@ -51,6 +51,12 @@ class Runtime:
         file = sys.modules[f"{self.module}.interpreter"].__file__
         return int(Path(file).stat().st_mtime) if file else 0
 
+    @property
+    def folder(self) -> Path:
+        """Give the folder into which the runtime, and what else belongs to this Python, is installed."""
+        file = sys.modules[f"{self.module}.interpreter"].__file__
+        return Path(file).parents[1] if file else Path()
+
     def open(self, path: Path, *, threads: int, xnnpack: bool, delegates: Sequence[Any] = ()) -> Any:
         """Open a .tflite file (mapped, not copied) and allocate its tensors; ModelError says why it cannot be used."""
         check_file(path)

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge_serve.frame import Array
-    from edge_serve.model.delegate import Claims, Runnable
-    from edge_serve.model.trial import Candidate
+    from edge_serve.model.delegate import Candidate, Claims, Runnable
 
 log = logging.getLogger(__name__)
 

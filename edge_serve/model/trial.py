@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edge_serve.errors import StoppedError, UnavailableError
-from edge_serve.model.delegate import DelegateSpec
+from edge_serve.model.delegate import Candidate
 
 # From one line of the child to its next: it loads one model, or runs it for a while. A GPU compiles shaders for 20 to 25 s.
 CANDIDATE_LIMIT_S = 60.0
@@ -29,23 +29,6 @@ STDERR_BYTES = 400
 POLL_S = 0.2
 # A child that goes on after another one's death gets at least so long, to time what was right.
 LEAST_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to run a model: a variant's file on a delegate with a number of threads."""
-
-    variant: str
-    file: Path
-    sha256: str
-    spec: DelegateSpec
-    threads: int
-
-    @property
-    def label(self) -> str:
-        """Name it for people: "int8 on xnnpack, 2 threads"."""
-        threads = f", {self.threads} threads" if self.threads > 1 else ""
-        return f"{self.variant} on {self.spec.label}{threads}"
 
 
 @dataclass(frozen=True, slots=True)

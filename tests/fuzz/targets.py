@@ -55,7 +55,7 @@ TARGETS: dict[str, Target] = {}
 MODELS = Path(__file__).parents[1] / "data" / "models"
 SMALL = 4096
 MAX_PIXELS = 256 * 1024
-WISH = choice._Wish(find(MODELS / "linear.tflite"), None, (), None, 0, None)
+WISH = choice.Wish(find(MODELS / "linear.tflite"), None, (), None, 0, None)
 CAPTURED = Capture(1_800_000_000.0, 1.0)
 TYPES = (None, *tensors.KNOWN_TYPES, "application/json; charset=utf-8", "text/html")
 INPUTS: tuple[dict[str, TensorSpec], ...] = (

@@ -11,11 +11,12 @@ import pytest
 
 from edge_serve.errors import BundleError, ModelError
 from edge_serve.model import choice as choices
-from edge_serve.model import trial
-from edge_serve.model.choice import FILE, Choice, choose, duration
+from edge_serve.model import selection, trial
+from edge_serve.model.choice import FILE, Choice, choose
 from edge_serve.model.delegate import DelegateSpec
 from edge_serve.model.interpreter import load_runtime
 from edge_serve.model.repository import find
+from edge_serve.model.selection import duration
 from tests.delegates import add_model, external
 from tests.unit.material import model
 
@@ -39,7 +40,7 @@ def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Choose:
         tried.append(len(candidates))
         return whole(candidates, *rest, **more)
 
-    monkeypatch.setattr(choices, "try_all", counted)
+    monkeypatch.setattr(selection, "try_all", counted)
 
     def call(path: Path, delegate: DelegateSpec | None = None, **given: Any) -> Choice:
         version = find(path, variant=given.get("variant"))

@@ -16,9 +16,8 @@ import pytest
 from edge_serve.bundle import TensorSpec
 from edge_serve.errors import DelegateAwayError, DelegateError, DelegateFailedError, InferenceError, ModelError
 from edge_serve.model import resilient
-from edge_serve.model.delegate import Claims, DelegateSpec, Runnable
+from edge_serve.model.delegate import Candidate, Claims, DelegateSpec, Runnable
 from edge_serve.model.resilient import ResilientEngine
-from edge_serve.model.trial import Candidate
 from tests.support import wait_for
 
 NAN = float("nan")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edge_serve.errors import StoppedError, UnavailableError
-from edge_serve.model.delegate import DelegateSpec
-from edge_serve.model.trial import Candidate, Golden, Plan, Trial, try_all
+from edge_serve.model.delegate import Candidate, DelegateSpec
+from edge_serve.model.trial import Golden, Plan, Trial, try_all
 from tests.delegates import add_model, edge_tpu, external, tpu_model
 from tests.unit.material import BIAS, WEIGHTS, model
 
