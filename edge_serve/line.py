@@ -252,12 +252,12 @@ def build(
         opener = _Opener(version, pipeline, runtime)
 
         def open_worker() -> tuple[ResilientEngine, Guard]:
-            guard, line, wished = Guard.unmarked(), choice.line, choice.line[0].spec.label
+            guard, line = Guard.unmarked(), choice.line
             if quarantine is not None:
-                # An input that crashed this process on that delegate makes it run on another.
-                guard = quarantine.guard(pipeline.name, version.file, wished, delegates.after)
-                if guard.delegate != wished:
-                    line = (dataclasses.replace(line[0], spec=DelegateSpec(guard.delegate)), *line[1:])
+                # An input that crashed this process on one delegate makes it run on the next in line.
+                labels = list(dict.fromkeys(each.spec.label for each in line))
+                guard = quarantine.guard(pipeline.name, version.file, labels)
+                line = line[next(place for place, each in enumerate(line) if each.spec.label == guard.delegate) :]
             try:
                 return ResilientEngine(pipeline.name, line, opener, strict=choice.strict), guard
             except BaseException:

@@ -46,7 +46,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -154,20 +154,19 @@ class Quarantine:
         quarantine._judge(crash.last)
         return quarantine
 
-    def guard(self, pipeline: str, model: Path, delegate: str, after: Callable[[str], str]) -> Guard:
+    def guard(self, pipeline: str, model: Path, line: Sequence[str]) -> Guard:
         """Give the guard of one worker, with the delegate that its model shall be opened on.
 
-        `delegate` is the one that was asked for, by its own name (not "auto"); `after(name)` is the next one in line.
+        `line` names the delegates that may run it: first the one that was chosen, then who goes on when it fails.
         """
         key = _model_key(model)
         with self._lock:
             mine = [each for each in self.strikes if (each.pipeline, each.model) == (pipeline, key)]
             place = self._free.pop() if self._free else None
-        chosen = delegate
-        while any(each.demotes and each.delegate == short(chosen) for each in mine) and after(chosen) != chosen:
-            chosen = after(chosen)
-        if chosen != delegate:
-            self._demoted[pipeline] = f"runs on {chosen} instead of {delegate}, on which an input crashed"
+        left = {each.delegate for each in mine if each.demotes}
+        chosen = next((each for each in line if short(each) not in left), line[-1])
+        if chosen != line[0]:
+            self._demoted[pipeline] = f"runs on {chosen} instead of {line[0]}, on which an input crashed"
             log.warning("%s: %s", pipeline, self._demoted[pipeline])
         else:
             self._demoted.pop(pipeline, None)

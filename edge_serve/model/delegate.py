@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge_serve.frame import Array
     from edge_serve.model.interpreter import Runtime
 
-__all__ = ["AUTO", "CPU", "Candidate", "Claims", "Delegate", "DelegateSpec", "Found", "Runnable", "after", "claims"]
+__all__ = ["AUTO", "CPU", "Candidate", "Claims", "Delegate", "DelegateSpec", "Found", "Runnable", "claims"]
 
 # What runs instead where another delegate is of no use: the interpreter's own kernels come last.
 CPU = ("xnnpack", "none")
@@ -148,11 +148,6 @@ class Claims:
     def taken(self) -> int:
         """Count the operators that a delegate runs."""
         return sum(self.claimed.values())
-
-
-def after(label: str) -> str:
-    """Give the delegate of this process that is next in line when an input crashed on this one; else the same."""
-    return "none" if label == "xnnpack" else label
 
 
 def claims(interpreter: Any) -> Claims:

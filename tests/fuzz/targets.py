@@ -31,7 +31,7 @@ from edge_serve.errors import BundleError, ConfigError, InputError, ModelError, 
 from edge_serve.frame import Capture, Delivery, Frame, ModelInfo, Result, format_time, parse_time
 from edge_serve.health import Counters
 from edge_serve.mailbox import Mailbox
-from edge_serve.model import choice, delegate
+from edge_serve.model import choice
 from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import load_runtime
 from edge_serve.model.metadata import read_metadata
@@ -493,7 +493,7 @@ def marks(data: bytes) -> object:
     (place / mark_file.FILE).write_bytes(rest)
     (place / crash.FILE).write_bytes(data)
     opened = Quarantine.open(place)
-    guard = opened.guard("p", place, "xnnpack", delegate.after)
+    guard = opened.guard("p", place, ("xnnpack", "none"))
     guard.attach()
     guard.enter("id", data)
     guard.leave()

@@ -34,6 +34,7 @@ CONFIG = """
     [pipeline]
     name = "p"
     model = "{model}"
+    delegate = "xnnpack"
     threads = 1
     {more}
     [pipeline.source]

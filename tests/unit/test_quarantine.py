@@ -21,7 +21,6 @@ from edge_serve import quarantine
 from edge_serve.crash import parse
 from edge_serve.errors import QuarantinedError
 from edge_serve.marks import CONVICTION, FILE, MAGIC, SIZE, SLOTS, STRIKES, STRIKES_AT
-from edge_serve.model import delegate
 from edge_serve.quarantine import Guard, Quarantine, runtime_folder
 
 # A process with one worker thread for each pipeline that is named: it works through its inputs, and dies as it is told to.
@@ -29,13 +28,12 @@ PROCESS = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
 from edge_serve.errors import QuarantinedError
-from edge_serve.model import delegate
 from edge_serve.quarantine import Quarantine
 
 folder, model, wanted, plan = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 marks = Quarantine.open(folder)
 told = {"strikes": [[s.pipeline, s.identity, s.points] for s in marks.strikes], "wary": marks.wary, "outcomes": []}
-guards = {name: marks.guard(name, model, wanted, delegate.after) for name in plan}
+guards = {name: marks.guard(name, model, list(dict.fromkeys([wanted, "none"]))) for name in plan}
 told["delegates"] = {name: guard.delegate for name, guard in guards.items()}
 in_work = threading.Barrier(len(plan) + 1)
 
@@ -108,7 +106,7 @@ def marks(tmp_path: Path) -> Iterator[Quarantine]:
 
 
 def guarded(marks: Quarantine, tmp_path: Path, name: str = "p") -> Guard:
-    guard = marks.guard(name, tmp_path / "model.tflite", "xnnpack", delegate.after)
+    guard = marks.guard(name, tmp_path / "model.tflite", ("xnnpack", "none"))
     guard.attach()
     return guard
 
@@ -533,11 +531,3 @@ def test_a_trace_says_the_reason_and_the_thread() -> None:
     assert elsewhere.thread is None
     assert parse("") is None
     assert parse("nothing of the kind") is None
-
-
-def test_delegates_end_at_the_interpreters_own_kernels() -> None:
-    for name in delegate.CPU:
-        chain = [name]
-        while delegate.after(chain[-1]) != chain[-1]:
-            chain.append(delegate.after(chain[-1]))
-        assert chain[-1] == "none"
