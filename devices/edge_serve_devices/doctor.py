@@ -200,6 +200,9 @@ def _opened(label: str, model: Path, spec: DelegateSpec) -> Finding:
         return Finding(
             "delegates", label, "ok", f"{label}: works ({trial.taken} of {trial.total} operators of a small model)"
         )
+    if trial.total and not trial.taken:
+        # An older XNNPACK has no int8 kernels; it may serve float models.
+        return Finding("delegates", label, "note", f"{label}: takes no operator of a small int8 model")
     return Finding("delegates", label, "warning", f"{label}: {trial.reason}", 'delegate = "auto" leaves it out')
 
 

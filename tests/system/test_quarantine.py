@@ -229,7 +229,8 @@ def test_thirty_kills_under_load_quarantine_nothing(tmp_path: Path, broker: Mosq
         r"while frame (\d+) \(\d+ bytes\) was in work on xnnpack; it is tried once more", supervisor.log
     )
     assert struck, "no kill met an input in work: nothing was tested"
-    assert "runs on none" not in supervisor.log
+    # On a busy machine two kills in a row may meet one input, which then runs on the next delegate; a conviction takes three.
+    assert "it is quarantined" not in supervisor.log
 
 
 # Inputs that only fail.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import statistics
@@ -226,6 +227,7 @@ def test_a_child_ends_with_its_parent() -> None:
 def test_nothing_is_left_open(runtime: Runtime) -> None:
     spec = DelegateSpec("none")
     IsolatedEngine.open(model("linear"), spec, runtime, load_limit_s=30).close()
+    gc.collect()  # what earlier tests have left is closed now, and not in between
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(2):
         engine = IsolatedEngine.open(model("linear"), spec, runtime, load_limit_s=30)
@@ -233,8 +235,7 @@ def test_nothing_is_left_open(runtime: Runtime) -> None:
         engine.close()
         with pytest.raises(ModelError):
             IsolatedEngine.open(model("text"), spec, runtime, load_limit_s=30)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert threading.active_count() >= 1
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_other_threads_are_woken_during_a_run(isolated: Open, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ class Site:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     site = Site(tmp_path / "site")
     site.add("leaf", "1.0")
+    # A second runtime that this environment has is none of the tests'.
+    monkeypatch.setattr(distributions, "RUNTIMES", ("other-runtime",))
     monkeypatch.syspath_prepend(str(site.folder))
     return site
 
