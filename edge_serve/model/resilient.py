@@ -1,7 +1,7 @@
 """A model with a line of delegates behind it: when one fails in service the next one runs the same input, and nothing is lost.
 
 A run that raises is repeated on the next delegate in line. If that gives a result the first one was to blame and is left; if
-nobody gives one, the input was. A result with NaN is held against the next delegate's in the same way. A delegate that hung
+nobody gives one, the input was. An accelerator's result with NaN is held against the next delegate's in the same way. A delegate that hung
 or died is left in any case. Frames in service go on at once on what opens quickly, which is the CPU; whatever stands higher in line is
 tried again in a thread of its own, with delays that double, until it is taken up again between two runs. Where there is nobody
 else (a file compiled for an accelerator, and no other variant), inputs get errors meanwhile.
@@ -248,10 +248,10 @@ class ResilientEngine:
             self.changed(self)
 
     def _settle(self) -> None:
-        """Settle whose results are held against another's: those of whom there is anybody to ask."""
+        """Settle whose results are held against another's: an accelerator's, where there is anybody to ask."""
         self._since = time.monotonic()
         last = self._place == len(self._line) - 1
-        self._checked = () if last or self.candidate.spec.name == "none" else self._real
+        self._checked = () if last or self.in_process else self._real
 
     # The way back.
 
