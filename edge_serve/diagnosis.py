@@ -16,7 +16,7 @@ from edge_serve import watchdog
 from edge_serve.frame import CLOCK_PLAUSIBLE_AFTER
 from edge_serve.health import Trouble
 from edge_serve.line import Line
-from edge_serve.model import delegate as delegates
+from edge_serve.model.delegate import AUTO, DelegateSpec
 from edge_serve.runner import SinkRunner, SourceRunner
 
 # A broker's restart or a short loss of the network is nothing that somebody should look into.
@@ -140,16 +140,12 @@ def _delegates(line: Line) -> Iterator[Trouble]:
     for trouble in line.pipeline.troubles:
         yield Trouble(f"{line.name}.delegate", f"{line.name}: {trouble}", logged=True)
     wished, runs = line.config.model.delegate, line.pipeline.model.delegate
-    if (
-        isinstance(wished, str)
-        and wished not in (delegates.AUTO, "none")
-        and runs == "none"
-        and not line.pipeline.troubles
-    ):
-        yield Trouble(
-            f"{line.name}.delegate",
-            f"{line.name}: {wished} takes no operator of the model, which runs on none; `edge-serve inspect` shows them",
-        )
+    if line.pipeline.troubles or wished is None or wished == AUTO:
+        return
+    label = DelegateSpec.parse(wished).label
+    if label not in (runs, "none"):
+        why = line.reasons[0] if line.reasons else f"{label} takes no operator of it"
+        yield Trouble(f"{line.name}.delegate", f"{line.name}: the model runs on {runs}, not on {label}: {why}")
 
 
 def _of_threads() -> Iterator[Trouble]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edge_serve import plugins, watchdog
 from edge_serve.bundle import MANIFEST, TensorSpec
 from edge_serve.config import Config, PartConfig, PipelineConfig
-from edge_serve.errors import ConfigError, ModelError, Problem, UsageError
+from edge_serve.errors import ConfigError, DelegateAwayError, EdgeServeError, ModelError, Problem, UsageError
 from edge_serve.health import Counters, board
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import delegate as delegates
@@ -239,8 +239,9 @@ def build(
 ) -> Line:
     """Make the parts of a pipeline, nothing of it started; `counters` go on with what another one has counted.
 
-    UsageError names the pipeline and what is wrong.
+    UsageError names the pipeline and what is wrong, DelegateAwayError the hardware that is not there.
     """
+    opened: list[tuple[ResilientEngine, Guard]] = []
     made: list[Worker] = []
     try:
         version = find_model(config, pipeline)
@@ -259,10 +260,12 @@ def build(
                 guard = quarantine.guard(pipeline.name, version.file, labels)
                 line = line[next(place for place, each in enumerate(line) if each.spec.label == guard.delegate) :]
             try:
-                return ResilientEngine(pipeline.name, line, opener, strict=choice.strict), guard
+                engine = ResilientEngine(pipeline.name, line, opener, strict=choice.strict)
             except BaseException:
                 guard.close()
                 raise
+            opened.append((engine, guard))
+            return engine, guard
 
         begun = time.monotonic()
         engine, guard = open_worker()
@@ -322,10 +325,15 @@ def build(
         )
         # Loading has run the model twice; no later run takes longer than ten times all of that.
         worker.silence_s = max(watchdog.SILENCE_S, 10 * opened_s)
-    except UsageError as error:
-        for each in made:
-            each.engine.close()
-            each.guard.close()
+    except EdgeServeError as error:
+        for engine, guard in opened:
+            engine.close()
+            guard.close()
+        if isinstance(error, DelegateAwayError):
+            # A stick that is plugged in later: a restart may help.
+            raise DelegateAwayError(f"pipeline {pipeline.name!r}: {error}") from error
+        if not isinstance(error, UsageError):
+            raise
         raise ConfigError(str(config.path), [Problem(pipeline.key, f"pipeline {pipeline.name!r}: {error}")]) from error
     cores = "1 thread" if engine.threads == 1 else f"{engine.threads} threads"
     which = f" version {info.version}" if info.version is not None else ""

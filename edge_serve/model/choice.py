@@ -84,7 +84,7 @@ def choose(
     """Choose what a model runs on; `delegate` None is "auto", `threads` 0 chooses them, too.
 
     `folder` is where choices are kept, `board` names this machine's kind. Raises ModelError with all reasons if nothing is
-    right, or if an explicit delegate cannot be had and no `fallback` can.
+    right, or if an explicit delegate cannot be had and no `fallback` can; DelegateAwayError if only its hardware is missing.
     """
     wish = Wish(version, delegate, tuple(fallback), variant, threads, signature)
     if delegate is not None and threads and version.bundle is not None and not fallback:

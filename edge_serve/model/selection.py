@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_serve import plugins
 from edge_serve.bundle import Variant
-from edge_serve.errors import ModelError
+from edge_serve.errors import DelegateAwayError, ModelError
 from edge_serve.model.choice import DEFAULT_SIGNATURE, EDGE_TPU_OPERATOR, MOST_THREADS, Choice, Wish, stand_ins
 from edge_serve.model.delegate import CPU, Candidate, DelegateSpec, Found
 from edge_serve.model.engine import available_cores
@@ -128,10 +128,13 @@ def explicit(wish: Wish, delegate: DelegateSpec, runtime: Runtime, stop: Callabl
             best = min(right, key=lambda trial: (trial.candidate.threads if len(right) == 1 else 0, _latency(trial)))
             reasons += [_said(trial, chosen=trial is best) for trial in trials]
             rest = [wish.candidate(each) for each in wish.fallback[nth:] if each.label != spec.label]
-            line = [best.candidate, *rest]
+            # What is not there now is waited for; what is there and is not right is not.
+            awaited = [trial.candidate for trial in trials[:1] if trial.away]
+            line = [*awaited, best.candidate, *rest]
             line += [each for each in stand_ins(wish, spec) if all(each.spec.label != have.spec.label for have in line)]
             return Choice(tuple(line), tuple(reasons[:MOST_REASONS]), strict=not wish.fallback)
-    raise ModelError(_nothing(wish, trials, reasons))
+    text = _nothing(wish, trials, reasons)
+    raise DelegateAwayError(text) if trials[0].away else ModelError(text)
 
 
 def _found(root: Path) -> Iterator[Found]:

@@ -60,6 +60,8 @@ class Trial:
     memory_bytes: int = 0
     """By how much the child's resident memory grew."""
     crashed: bool = False
+    away: bool = False
+    """Whether its hardware is not there, or another process has it: it may be there later."""
 
     @property
     def right(self) -> bool:
@@ -133,6 +135,7 @@ def _trial(candidate: Candidate, line: dict[str, Any]) -> Trial:
         int(line.get("total", 0)),
         dict(line.get("claimed", {})),
         int(line.get("memory_bytes", 0)),
+        away=bool(line.get("away", False)),
     )
 
 

@@ -66,12 +66,14 @@ class Way:
     engine: Runnable | None = None
     look_s: float = 0.0
     memory: int = 0
+    away: bool = False
+    """Whether its hardware is not there, or not free."""
 
     @property
     def known(self) -> dict[str, Any]:
         """Give what can be said of it."""
         if self.engine is None:
-            return {"number": self.number}
+            return {"number": self.number, "away": self.away}
         claims = self.engine.claims
         return {
             "number": self.number,
@@ -168,6 +170,7 @@ class Trials:
         try:
             way.engine = open_model(way.file, way.spec, self._runtime, threads=way.threads, signature=self._signature)
         except (ModelError, DelegateAwayError) as error:
+            way.away = isinstance(error, DelegateAwayError)
             return str(error)
         if way.spec.name != "none" and not way.engine.claims.taken:
             return f"{way.spec.label} takes no operator of this model"

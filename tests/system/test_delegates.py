@@ -156,8 +156,34 @@ def test_a_fallback_takes_its_place_and_says_so(tmp_path: Path, broker: Mosquitt
         feed.send(3)
         assert "external:libx" not in feed.all_there()
         assert "cannot be loaded" in service.text
-        pipeline = status(file)["pipelines"]["p"]
-        assert any("cannot be loaded" in reason for reason in pipeline["reasons"])
+        found = status(file)
+        assert any("cannot be loaded" in reason for reason in found["pipelines"]["p"]["reasons"])
+        assert found["state"] == "degraded"
+        assert "not on external:libx" in found["problems"][0]
+
+
+def test_a_fallback_gives_way_when_what_was_asked_for_is_there(tmp_path: Path, broker: Mosquitto) -> None:
+    gone = tmp_path / "gone"
+    gone.touch()
+    wished = f'delegate = {{ name = "edgetpu", library = "{library()}", options = {{ claims = "all", unplugged = "{gone}" }} }}'
+    model = add_model(tmp_path)
+    with model.open("ab") as stream:
+        stream.write(b"edgetpu-custom-op")  # what EdgeTpu looks for, behind the end of a file that the CPU runs as well
+    with (
+        Service(config(tmp_path, broker.url, f'{wished}\nfallback = ["xnnpack"]', model)).ready() as service,
+        Client(broker.port, "results") as client,
+    ):
+        feed = Feed(client)
+        feed.send(3)
+        assert "edgetpu" not in feed.all_there()
+        assert "instead of edgetpu" in service.text
+        gone.unlink()
+
+        def back() -> bool:
+            feed.send(1)
+            return feed.all_there()[-1] == "edgetpu"
+
+        wait_for(back, "the Edge TPU is taken up", 60.0)
 
 
 def test_auto_says_why_in_the_log_the_status_and_inspect(tmp_path: Path, broker: Mosquitto) -> None:
@@ -181,7 +207,7 @@ def test_a_stand_in_edge_tpu_that_two_want_is_had_by_one(tmp_path: Path, broker:
     second = config(other, broker.url, text, compiled)
     with Service(first).ready():
         done = edge_serve("run", "-c", second)
-        assert done.returncode in (2, 3)
+        assert done.returncode == 3, "it may be free later, so a restart helps"
         assert b"does no other process have it" in done.stderr
 
 
