@@ -167,9 +167,12 @@ class Wish:
 
 
 def _alike(first: Variant, other: Variant) -> bool:
-    """Say whether a variant's tensors have the names and shapes of another one's; types are converted (adapted.py)."""
+    """Say whether a variant's tensors have the names and shapes of another one's; types are converted (adapted.py).
+
+    Variants whose tensors the manifest does not tell stand in for nobody.
+    """
     return all(
-        {(tensor.name, tensor.shape) for tensor in have} == {(tensor.name, tensor.shape) for tensor in want}
+        want and {(tensor.name, tensor.shape) for tensor in have} == {(tensor.name, tensor.shape) for tensor in want}
         for have, want in ((other.inputs, first.inputs), (other.outputs, first.outputs))
     )
 

@@ -7,18 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from edge_serve import line
+from edge_serve.bundle import TensorSpec
 from edge_serve.errors import BundleError, ModelError
 from edge_serve.model import choice as choices
 from edge_serve.model import selection, trial
 from edge_serve.model.choice import FILE, Choice, choose
 from edge_serve.model.delegate import DelegateSpec
-from edge_serve.model.interpreter import load_runtime
+from edge_serve.model.engine import Engine
+from edge_serve.model.interpreter import Runtime, load_runtime
 from edge_serve.model.repository import find
 from edge_serve.model.selection import duration
+from edge_serve.schema import compact
 from tests.delegates import add_model, external
-from tests.unit.material import model
+from tests.unit.material import assert_close, bundle, configured, model, rewrite, sound
 
 Choose = Callable[..., Choice]
 NONE, XNNPACK = DelegateSpec("none"), DelegateSpec("xnnpack")
@@ -248,6 +253,44 @@ def test_a_variant_that_was_changed_is_refused(chosen: Choose, digits: Path, tmp
         stream.write(b"x")
     with pytest.raises(BundleError, match=r"samples.npz: SHA-256"):
         chosen(copy)
+
+
+def two_variants(folder: Path, runtime: Runtime) -> Path:
+    """A bundle of a float and an int8 file of one model, whose manifest tells their tensors as a converter does."""
+    found = bundle(folder / "model", variants={"float32": "linear", "int8": "int8"})
+
+    def tell(manifest: dict[str, Any]) -> None:
+        for variant in manifest["variants"]:
+            engine = Engine.open(found / variant["file"], runtime=runtime)
+            variant["inputs"] = [compact(spec) for spec in engine.inputs.values()]
+            variant["outputs"] = [compact(spec) for spec in engine.outputs.values()]
+
+    rewrite(found, tell)
+    return found
+
+
+def test_variants_of_other_types_stand_in_and_show_the_same_tensors(
+    chosen: Choose, runtime: Runtime, tmp_path: Path
+) -> None:
+    found = two_variants(tmp_path, runtime)
+    made = chosen(found, runtime=runtime)
+    variants = {each.variant: each for each in made.line}
+    assert set(variants) == {"float32", "int8"}
+    assert {each.variant for each in chosen(found, runtime=runtime, variant="int8").line} == {"int8"}
+    text = sound(**{str(model("linear")): str(found)})
+    pipeline = configured(text, tmp_path).pipelines[0]
+    opener = line._Opener(find(found), pipeline, runtime)
+    x: dict[str, Any] = {"x": np.array([[0.1, -0.2, 0.3, 0.1]], np.float32)}
+    engines = [opener(variants[name]) for name in ("int8", "float32")]
+    assert engines[0].inputs == engines[1].inputs == {"x": TensorSpec("x", "float32", (1, 4))}
+    one, other = (engine.run(x)["scores"] for engine in engines)
+    assert one.dtype == other.dtype == np.float32
+    assert_close(one, other, atol=0.5)
+
+
+def test_variants_whose_tensors_nobody_tells_stand_in_for_nobody(chosen: Choose, tmp_path: Path) -> None:
+    found = bundle(tmp_path / "model", variants={"float32": "linear", "int8": "int8"})
+    assert {each.variant for each in chosen(found).line} == {"float32"}
 
 
 @pytest.mark.parametrize(
