@@ -47,7 +47,7 @@ def run(clone: Path, name: str) -> str:
 @pytest.mark.convert
 @pytest.mark.slow
 def test_the_examples_of_the_readme_run_one_after_the_other(clone: Path) -> None:
-    assert list(BLOCKS) == ["convert", "recipe", "compare", "inspect", "folder", "socket", "config"]
+    assert list(BLOCKS) == ["convert", "recipe", "compare", "inspect", "folder", "socket", "delegates", "config"]
 
     assert "int8" in run(clone, "convert")
     assert {path.name for path in (clone / "models/digits/1").iterdir()} >= {
@@ -79,6 +79,10 @@ def test_the_examples_of_the_readme_run_one_after_the_other(clone: Path) -> None
     answer = json.loads(run(clone, "socket"))
     assert answer["type"] == "result"
     assert answer["result"]["classes"][0]["label"] == "7"
+
+    measured = run(clone, "delegates")
+    assert "fastest: " in measured
+    assert "CONV_2D" in measured
 
     run(clone, "config")
     assert (clone / "edge-serve.toml").read_text(encoding="utf-8").startswith("# A configuration")
