@@ -21,12 +21,13 @@ from edge_serve.errors import ConfigError, DelegateAwayError, EdgeServeError, Mo
 from edge_serve.health import Counters, board
 from edge_serve.mailbox import Mailbox
 from edge_serve.model import delegate as delegates
-from edge_serve.model.choice import Choice, choose
+from edge_serve.model.choice import choose
 from edge_serve.model.delegate import Candidate, DelegateSpec, Runnable
 from edge_serve.model.interpreter import Runtime
 from edge_serve.model.opening import open_model
 from edge_serve.model.repository import ModelVersion, find
 from edge_serve.model.resilient import ResilientEngine
+from edge_serve.model.wish import Choice
 from edge_serve.pipeline import Pipeline, Worker
 from edge_serve.processing.setup import Meaning, model_info, settle
 from edge_serve.quarantine import Guard, Quarantine

@@ -18,16 +18,16 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from edge_serve.bundle import Variant, sha256_of
-from edge_serve.model.delegate import CPU, Candidate, DelegateSpec
+from edge_serve.bundle import sha256_of
+from edge_serve.model.delegate import Candidate, DelegateSpec
 from edge_serve.model.engine import available_cores
 from edge_serve.model.interpreter import Runtime
 from edge_serve.model.repository import ModelVersion
+from edge_serve.model.wish import MOST_THREADS, Choice, Wish, stand_ins
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,6 @@ FORMAT = 1
 MAX_BYTES = 1024 * 1024
 # Older entries make room; a board runs a handful of models.
 MOST_ENTRIES = 64
-MOST_THREADS = 8
-# A compiled model holds this operator, and runs on nothing else.
-EDGE_TPU_OPERATOR = "edgetpu-custom-op"
-DEFAULT_SIGNATURE = "serving_default"
 # Accelerators that come and go, by what the system shows of them.
 DEVICES = ("apex", "hailo", "rknpu", "galcore", "ethosu", "nvhost-ctrl-gpu", "nvidia0", "mali", "kgsl-3d0")
 USB_IDS = {("1a6e", "089a"), ("18d1", "9302")}  # an Edge TPU before and after its firmware is loaded
@@ -47,24 +43,6 @@ USB_IDS = {("1a6e", "089a"), ("18d1", "9302")}  # an Edge TPU before and after i
 _memory: dict[str, tuple[list[str], Choice]] = {}
 """What this process has chosen: a model that is loaded again, or by another pipeline, is not tried again."""
 _lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a model runs on, and why."""
-
-    line: tuple[Candidate, ...]
-    """The winner, and who goes on when it fails."""
-    reasons: tuple[str, ...]
-    """What was tried and what came of it, for people."""
-    cached: bool = False
-    strict: bool = False
-    """Whether nothing else may run in place of the winner at the start."""
-
-    @property
-    def winner(self) -> Candidate:
-        """Give what runs."""
-        return self.line[0]
 
 
 def choose(
@@ -90,7 +68,7 @@ def choose(
     if delegate is not None and threads and version.bundle is not None and not fallback:
         # A file with a known hash, and nothing to choose: opening it tells all.
         return Choice((wish.candidate(delegate), *stand_ins(wish, delegate)), (), cached=True, strict=True)
-    key = wish.key(folder, runtime, board)
+    key = _key(wish, folder, runtime, board)
     devices = sorted(_devices(root))
     kept = _recall(folder, key, wish, devices)
     if kept is not None:
@@ -106,87 +84,32 @@ def choose(
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What was asked for, and the files that may serve it."""
-
-    version: ModelVersion
-    delegate: DelegateSpec | None
-    fallback: tuple[DelegateSpec, ...]
-    variant: str | None
-    threads: int
-    signature: str | None
-
-    def variants(self) -> list[Variant | None]:
-        """Give the variants that may run, the one asked for first; None stands for a file without a manifest."""
-        bundle = self.version.bundle
-        if bundle is None:
-            return [None]
-        first = bundle.manifest.variant(self.version.variant)
-        others = []
-        if self.variant is None and self.signature in (None, DEFAULT_SIGNATURE):
-            others = [each for each in bundle.manifest.variants if each is not first and _alike(first, each)]
-        return [first, *others]
-
-    def candidate(self, spec: DelegateSpec, variant: Variant | None = None, threads: int | None = None) -> Candidate:
-        """Make a candidate; the variant asked for if none is said."""
-        number = threads or self.threads or 1
-        bundle = self.version.bundle
-        if bundle is None:
-            return Candidate(self.version.variant, self.version.file, "", spec, number)
-        variant = variant or bundle.manifest.variant(self.version.variant)
-        return Candidate(variant.name, bundle.path / variant.file, variant.sha256, spec, number)
-
-    def key(self, folder: Path, runtime: Runtime, board: str) -> str:
-        """Name the choice by all that it depends on, but for accelerators."""
-        files = [
-            [variant.name, variant.file, variant.sha256]
-            if variant is not None
-            else ["", "", _hash(self.version.file, folder)]
-            for variant in self.variants()
-        ]
-        samples = self.version.bundle.manifest.files.get("samples.npz") if self.version.bundle is not None else None
-        specs = [dataclasses.astuple(each) for each in ([self.delegate] if self.delegate else []) + list(self.fallback)]
-        libraries = [
-            _stamp(Path(each.library)) for each in (self.delegate, *self.fallback) if each is not None and each.library
-        ]
-        parts = [
-            FORMAT,
-            files,
-            samples,
-            specs,
-            libraries,
-            self.threads,
-            self.signature,
-            [runtime.name, runtime.installed],
-            [board, os.uname().machine, available_cores()],
-            # Packages and libraries that come, go or are updated: a new delegate may be among them.
-            [_stamp(runtime.folder), _stamp(Path("/etc/ld.so.cache"))],
-        ]
-        return sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _alike(first: Variant, other: Variant) -> bool:
-    """Say whether a variant's tensors have the names and shapes of another one's; types are converted (adapted.py).
-
-    Variants whose tensors the manifest does not tell stand in for nobody.
-    """
-    return all(
-        want and {(tensor.name, tensor.shape) for tensor in have} == {(tensor.name, tensor.shape) for tensor in want}
-        for have, want in ((other.inputs, first.inputs), (other.outputs, first.outputs))
-    )
-
-
-def stand_ins(wish: Wish, delegate: DelegateSpec) -> list[Candidate]:
-    """Give what goes on when an explicit delegate fails in service: the CPU, on the first variant that it can run."""
-    for variant in wish.variants():
-        if variant is None or EDGE_TPU_OPERATOR not in variant.operators:
-            names = CPU[CPU.index(delegate.name) + 1 :] if delegate.name in CPU else CPU
-            return [wish.candidate(DelegateSpec(name), variant) for name in names]
-    return []
-
-
 # What is kept.
+
+
+def _key(wish: Wish, folder: Path, runtime: Runtime, board: str) -> str:
+    """Name the choice by all that it depends on, but for accelerators."""
+    bundle = wish.version.bundle
+    files = [
+        [variant.name, variant.file, variant.sha256] if variant is not None else _hash(wish.version.file, folder)
+        for variant in wish.variants()
+    ]
+    asked = [each for each in (wish.delegate, *wish.fallback) if each is not None]
+    parts = [
+        FORMAT,
+        files,
+        bundle.manifest.files.get("samples.npz") if bundle is not None else None,
+        wish.delegate is None,
+        [dataclasses.astuple(each) for each in asked],
+        [_stamp(Path(each.library)) for each in asked if each.library],
+        wish.threads,
+        wish.signature,
+        [runtime.name, runtime.installed],
+        [board, os.uname().machine, available_cores()],
+        # Packages and libraries that come, go or are updated: a new delegate may be among them.
+        [_stamp(runtime.folder), _stamp(Path("/etc/ld.so.cache"))],
+    ]
+    return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def reasons(folder: Path, file: Path) -> list[list[str]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from edge_serve import plugins
 from edge_serve.bundle import Variant
 from edge_serve.errors import DelegateAwayError, ModelError
-from edge_serve.model.choice import DEFAULT_SIGNATURE, EDGE_TPU_OPERATOR, MOST_THREADS, Choice, Wish, stand_ins
 from edge_serve.model.delegate import CPU, Candidate, DelegateSpec, Found
 from edge_serve.model.engine import available_cores
 from edge_serve.model.interpreter import Runtime
 from edge_serve.model.opening import load_part
 from edge_serve.model.repository import ModelVersion
 from edge_serve.model.trial import Golden, Plan, Trial, try_all
+from edge_serve.model.wish import DEFAULT_SIGNATURE, EDGE_TPU_OPERATOR, MOST_THREADS, Choice, Wish, stand_ins
 
 log = logging.getLogger(__name__)
 

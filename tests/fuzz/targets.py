@@ -36,6 +36,7 @@ from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import load_runtime
 from edge_serve.model.metadata import read_metadata
 from edge_serve.model.repository import find
+from edge_serve.model.wish import Wish
 from edge_serve.pipeline import Pipeline, Worker
 from edge_serve.processing import tensor as tensors
 from edge_serve.processing.decode import make_decoder
@@ -55,7 +56,7 @@ TARGETS: dict[str, Target] = {}
 MODELS = Path(__file__).parents[1] / "data" / "models"
 SMALL = 4096
 MAX_PIXELS = 256 * 1024
-WISH = choice.Wish(find(MODELS / "linear.tflite"), None, (), None, 0, None)
+WISH = Wish(find(MODELS / "linear.tflite"), None, (), None, 0, None)
 CAPTURED = Capture(1_800_000_000.0, 1.0)
 TYPES = (None, *tensors.KNOWN_TYPES, "application/json; charset=utf-8", "text/html")
 INPUTS: tuple[dict[str, TensorSpec], ...] = (

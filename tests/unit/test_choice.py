@@ -15,12 +15,13 @@ from edge_serve.bundle import TensorSpec
 from edge_serve.errors import BundleError, ModelError
 from edge_serve.model import choice as choices
 from edge_serve.model import selection, trial
-from edge_serve.model.choice import FILE, Choice, choose
+from edge_serve.model.choice import FILE, choose
 from edge_serve.model.delegate import DelegateSpec
 from edge_serve.model.engine import Engine
 from edge_serve.model.interpreter import Runtime, load_runtime
 from edge_serve.model.repository import find
 from edge_serve.model.selection import duration
+from edge_serve.model.wish import Choice
 from edge_serve.schema import compact
 from tests.delegates import add_model, external
 from tests.unit.material import assert_close, bundle, configured, model, rewrite, sound
