@@ -104,6 +104,7 @@ def test_shapes_may_change_between_runs(runtime: Runtime, isolated: Open) -> Non
         ("text", DelegateSpec("none"), ModelError, "text models are not supported"),
         ("linear", DelegateSpec("vulkan"), DelegateError, "unknown delegate 'vulkan'"),
         ("linear", DelegateSpec("external", "", "/none/libx.so"), DelegateError, "cannot be loaded"),
+        ("linear", DelegateSpec("external", "", "libm.so.6"), DelegateError, "libm.so.6 is no TFLite delegate"),
         ("edgetpu", DelegateSpec("xnnpack"), ModelError, "compiled for an Edge TPU"),
     ],
 )

@@ -11,9 +11,14 @@ import pytest
 
 from edge_serve import plugins
 from edge_serve.errors import UsageError
+from edge_serve.model.choice import choose
+from edge_serve.model.delegate import DelegateSpec
+from edge_serve.model.interpreter import load_runtime
+from edge_serve.model.opening import open_model
+from edge_serve.model.repository import find
 from edge_serve.plugins import BUILTIN, Kind
 from edge_serve.sources.file import FileSource
-from tests.unit.material import configured, problems, sound
+from tests.unit.material import configured, model, problems, sound
 
 
 @pytest.fixture
@@ -58,6 +63,45 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "acme_parts", raising=False)
     return folder
+
+
+def test_a_delegate_of_a_third_party_is_opened_and_tried_by_its_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "acme_delegate-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-delegate\nVersion: 1\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[edge_serve.delegates]\nacme = acme_delegate:Acme\n", encoding="utf-8")
+    (tmp_path / "acme_delegate.py").write_text(
+        textwrap.dedent("""\
+            from edge_serve.model.cpu import Xnnpack
+            from edge_serve.model.delegate import DelegateSpec, Found
+
+            class Acme(Xnnpack):
+                isolated = True
+
+                def __init__(self, spec):
+                    self.speed = dict(spec.options).get("speed", "slow")
+
+                def open(self, path, runtime, *, threads, signature):
+                    engine = super().open(path, runtime, threads=threads, signature=signature)
+                    engine.delegate = f"acme {self.speed}"
+                    return engine
+
+                @classmethod
+                def find(cls, root):
+                    return [Found(DelegateSpec("acme"))]
+            """),
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    engine = open_model(model("linear"), DelegateSpec("acme", options=(("speed", "high"),)), load_runtime())
+    assert engine.delegate == "acme high"
+    engine.close()
+    made = choose(find(model("linear")), delegate=None, runtime=load_runtime(), folder=tmp_path / "state", board="acme")
+    assert any("acme" in reason for reason in made.reasons)
+    assert "acme" in {each.spec.name for each in made.line}
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, parts in BUILTIN.items() for name in parts])
