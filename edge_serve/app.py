@@ -23,6 +23,7 @@ from edge_serve.errors import (
     EXIT_UNAVAILABLE,
     EdgeServeError,
     GoneError,
+    StoppedError,
     UnavailableError,
     UsageError,
 )
@@ -125,6 +126,12 @@ class App:
                 if not self._reloading.locked() and all(line.ended for line in self.lines):
                     break
             return self._end()
+        except StoppedError as error:
+            # Nothing serves yet: there is nothing to drain.
+            log.info("stopped before the start was done: %s", error)
+            for line in self.lines:
+                line.pipeline.release(finished=False)
+            return EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_OK
         finally:
             self._quarantine.close()
             self._spool.close()
@@ -149,7 +156,16 @@ class App:
         for pipeline in self.config.pipelines:
             self._notifier.loading(pipeline.name, watchdog.LOAD_SILENCE_S)
             self.lines.append(
-                build(self.config, pipeline, self._runtime, self._fatal, None, self._quarantine, self._spool)
+                build(
+                    self.config,
+                    pipeline,
+                    self._runtime,
+                    self._fatal,
+                    None,
+                    self._quarantine,
+                    self._spool,
+                    self._wake.is_set,
+                )
             )
         if self.config.spool.enabled:
             self._spool.start(self._fatal)
@@ -360,7 +376,14 @@ class App:
                     beat.tick()
                     counters = counted.get(pipeline.name)
                     made[pipeline.name] = build(
-                        config, pipeline, self._runtime, self._fatal, counters, self._quarantine, self._spool
+                        config,
+                        pipeline,
+                        self._runtime,
+                        self._fatal,
+                        counters,
+                        self._quarantine,
+                        self._spool,
+                        self._wake.is_set,
                     )
             self._go_on()
             log.info("reload: %s", plan)

@@ -81,10 +81,17 @@ def open_engine(
     return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
 
 
-def choose_model(config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime) -> Choice:
+def choose_model(
+    config: Config,
+    pipeline: PipelineConfig,
+    version: ModelVersion,
+    runtime: Runtime,
+    stop: Callable[[], bool] | None = None,
+) -> Choice:
     """Settle which variant runs on which delegate with how many threads, and who is next in line; see model/choice.py.
 
-    What was measured before on this board is kept; what was not is tried now, in a child process.
+    What was measured before on this board is kept; what was not is tried now, in a child process. StoppedError if `stop` says so
+    meanwhile.
     """
     model = pipeline.model
     return choose(
@@ -97,6 +104,7 @@ def choose_model(config: Config, pipeline: PipelineConfig, version: ModelVersion
         signature=model.signature,
         board=board(),
         folder=config.state_dir,
+        stop=stop,
     )
 
 
@@ -237,17 +245,19 @@ def build(
     counters: Counters | None = None,
     quarantine: Quarantine | None = None,
     spool: Spool | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Line:
     """Make the parts of a pipeline, nothing of it started; `counters` go on with what another one has counted.
 
-    UsageError names the pipeline and what is wrong, DelegateAwayError the hardware that is not there.
+    UsageError names the pipeline and what is wrong, DelegateAwayError the hardware that is not there. StoppedError if `stop` said
+    so while it was measured what the model runs best on.
     """
     opened: list[tuple[ResilientEngine, Guard]] = []
     made: list[Worker] = []
     try:
         version = find_model(config, pipeline)
         made_of = traits(config, pipeline, version)
-        choice = choose_model(config, pipeline, version, runtime)
+        choice = choose_model(config, pipeline, version, runtime, stop)
         if not choice.cached:
             for reason in choice.reasons:
                 log.info("%s: %s", pipeline.name, reason)

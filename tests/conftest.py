@@ -75,3 +75,26 @@ def short_path() -> Iterator[Path]:
 def name(request: pytest.FixtureRequest) -> str:
     """A name of the test's own, for topics and devices on the shared broker."""
     return f"t{abs(hash(request.node.nodeid)) % 10**9}"
+
+
+# Tests that are long, and watch no clock: they may run beside others (scripts/test runs them two at a time), with all that need TensorFlow.
+SIDE_BY_SIDE = (
+    "fuzz/",
+    "system/test_arm_check",
+    "unit/test_bench",
+    "unit/test_boards",
+    "unit/test_choice",
+    "unit/test_compare",
+    "unit/test_convert_",
+    "unit/test_doctor",
+    "unit/test_trial",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that may run beside others."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        if place.startswith(SIDE_BY_SIDE) or item.get_closest_marker("convert") is not None:
+            item.add_marker("parallel")

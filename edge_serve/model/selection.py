@@ -43,11 +43,19 @@ def measured(wish: Wish, runtime: Runtime, root: Path, stop: Callable[[], bool] 
                 reasons.append(f"{variant.name} on {each.spec.label}: is not compiled for an Edge TPU")
                 continue
             candidates += [wish.candidate(each.spec, variant, threads) for threads in _threads(wish, each.spec)]
+    candidates.sort(key=_promise)
+    log.info("%s: measuring, once for this machine, what it runs best on (%d ways)", wish.version.name, len(candidates))
     trials = try_all(candidates, _golden(wish), Plan(runtime.name, wish.signature), stop=stop)
     right = [trial for trial in trials if trial.right]
     if not right:
         raise ModelError(_nothing(wish, trials, reasons))
     return _ranked(wish, trials, right, reasons)
+
+
+def _promise(candidate: Candidate) -> tuple[int, int]:
+    """Order what is tried by its promise, because the time may be over: accelerators, XNNPACK on few threads, on more, the rest."""
+    name = candidate.spec.name
+    return (CPU.index(name) if name in CPU else -1, candidate.threads)
 
 
 def everything(

@@ -20,10 +20,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from edge_serve.errors import StoppedError, UnavailableError
-from edge_serve.model.delegate import Candidate
+from edge_serve.model.delegate import CPU, Candidate
 
 # From one line of the child to its next: it loads one model, or runs it for a while. A GPU compiles shaders for 20 to 25 s.
 CANDIDATE_LIMIT_S = 60.0
+# What trials on the CPU take at most, for a model of some milliseconds …
+TOTAL_S = 8.0
+# … and for any other: it is measured for as long as so many of its runs take, because it has the most to gain.
+LONG_RUNS = 40
+MOST_TOTAL_S = 60.0
 LINE_BYTES = 256 * 1024
 STDERR_BYTES = 400
 POLL_S = 0.2
@@ -75,8 +80,9 @@ class Plan:
 
     runtime: str
     signature: str | None = None
-    total_s: float = 8.0
-    """After so long nothing further is begun."""
+    total_s: float = TOTAL_S
+    """After so long on the CPU nothing further is begun; accelerators do not count, they are few. A model whose run takes long gets
+    more, see LONG_RUNS."""
     seconds: float | None = None
     """Run each candidate for so long, by itself (a benchmark); None: find the fastest in rounds of all that are near it."""
     limit_s: float = CANDIDATE_LIMIT_S
@@ -102,10 +108,11 @@ def try_all(
         left = [number for number in range(len(candidates)) if number not in refused]
         child = _Child(candidates, golden, replace(plan, total_s=max(LEAST_S, deadline - time.monotonic())), left)
         at: int | None = None
+        begun = time.monotonic()
         try:
             for line in child.lines(stop):
                 if "at" in line:
-                    at = int(line["at"])
+                    at, begun = int(line["at"]), time.monotonic()
                     if progress is not None:
                         progress(candidates[at])
                     continue
@@ -117,6 +124,8 @@ def try_all(
         except _DiedError as death:
             if at is None:
                 raise UnavailableError(f"models cannot be tried: the process that does it {death}") from death
+            if candidates[at].spec.name not in CPU:
+                deadline += time.monotonic() - begun  # an accelerator that hangs takes nothing away from the others
             found[at] = Trial(candidates[at], str(death), crashed=death.crashed)
             refused.add(at)  # the others go on in a new child, those that were right as well: they are timed at the end
         finally:

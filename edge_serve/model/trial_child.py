@@ -20,17 +20,20 @@ import numpy as np
 
 from edge_serve.bundle import TensorSpec
 from edge_serve.errors import DelegateAwayError, EdgeServeError, InferenceError, InputError, ModelError
-from edge_serve.model.delegate import DelegateSpec, Runnable
+from edge_serve.model.delegate import CPU, DelegateSpec, Runnable
 from edge_serve.model.interpreter import Runtime, load_runtime
 from edge_serve.model.opening import open_model
+from edge_serve.model.trial import LONG_RUNS, MOST_TOTAL_S, TOTAL_S
 from edge_serve.processing.tensor import dequantize, fit
 
 Arrays = dict[str, Any]
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_SAMPLES_BYTES = 256 * 1024 * 1024
-# Of golden samples that many are run; they were chosen to be few.
+# Of golden samples that many are run; of a slow model so many as this time allows, and some at least.
 MOST_SAMPLES = 8
+LEAST_SAMPLES = 2
+SAMPLES_S = 0.5
 RANDOM_SAMPLES = 2
 SEED = 20240229
 # A first look: at least some runs and at most some, for about this long.
@@ -41,6 +44,7 @@ NEAR = 1.3
 NEAR_S = 3e-6
 MOST_FINALISTS = 6
 ROUNDS = 7
+LEAST_ROUNDS = 3
 ROUND_S = 0.01
 ROUND_RUNS = (1, 400)
 # More threads than two are tried where two won by at least so much. A faster run than this is not worth a hand-over.
@@ -95,7 +99,10 @@ class Trials:
     def __init__(self, request: Mapping[str, Any]) -> None:
         self._runtime: Runtime = load_runtime(request["runtime"])
         self._signature: str | None = request["signature"]
-        self._end = time.monotonic() + request["total_s"]
+        self._begun = time.monotonic()
+        self._total_s: float = request["total_s"]
+        self._longest_s = MOST_TOTAL_S - (TOTAL_S - self._total_s)
+        """What the total may grow to; a child that goes on after another one's death has less of both."""
         self._seconds: float | None = request["seconds"]
         self._golden = request["golden"]
         self._expected: dict[str, list[tuple[Arrays, Arrays | None, dict[str, float]]]] = {}
@@ -122,7 +129,7 @@ class Trials:
         finalists: list[Way] = []
         single = {(way.variant, way.spec.label) for way in self._ways if way.threads == 1}
         for way in self._ways:
-            if time.monotonic() > self._end and finalists:
+            if self._late() and finalists:
                 break  # the parent says so of what it hears nothing of
             one = (way.variant, way.spec.label)
             if self._seconds is None and way.threads > 1 and one in single:
@@ -133,7 +140,12 @@ class Trials:
                     )
                     continue
             say(at=way.number)
+            begun = time.monotonic()
             reason = self._open(way)
+            if way.spec.name not in CPU:
+                self._begun += (
+                    time.monotonic() - begun
+                )  # a GPU compiles its shaders; the CPU's ways are tried all the same
             if reason:
                 say(**way.known, reason=reason)
                 self._close(way)
@@ -144,6 +156,7 @@ class Trials:
                     self._close(way)
                     continue
                 way.look_s = _look(self._inputs(way), way.engine)
+                self._total_s = max(self._total_s, min(self._longest_s, LONG_RUNS * min(best, way.look_s)))
             except InferenceError as error:
                 say(**way.known, reason=f"fails after some runs: {error}")
                 self._close(way)
@@ -163,6 +176,9 @@ class Trials:
         for each in finalists[MOST_FINALISTS:]:
             self._close(each)
         self._rounds(finalists[:MOST_FINALISTS])
+
+    def _late(self) -> bool:
+        return time.monotonic() - self._begun > self._total_s
 
     def _open(self, way: Way) -> str:
         """Open one and hold its results against what is right; gives why it is not."""
@@ -264,7 +280,10 @@ class Trials:
     def _compare(self, way: Way) -> str:
         engine = way.engine
         assert engine is not None
-        for inputs, expected, tolerance in self._samples(way):
+        begun = time.monotonic()
+        for nth, (inputs, expected, tolerance) in enumerate(self._samples(way)):
+            if nth >= LEAST_SAMPLES and time.monotonic() - begun > SAMPLES_S:
+                break
             given = {name: fit(inputs[name], spec) for name, spec in engine.inputs.items()}
             outputs = _real(engine, engine.run(given))
             for name, array in outputs.items():
@@ -296,7 +315,9 @@ class Trials:
             return
         inputs = [self._inputs(way) for way in ways]
         times: list[list[list[float]]] = [[] for _ in ways]
-        for _ in range(ROUNDS):
+        for done in range(ROUNDS):
+            if done >= LEAST_ROUNDS and self._late():
+                break  # of slow models, fewer rounds: what differs there differs by far more than a round does from the next
             for nth, way in enumerate(ways):
                 if way.engine is None:
                     continue

@@ -153,3 +153,40 @@ def test_a_stop_ends_it_at_once(tmp_path: Path) -> None:
 def test_a_runtime_that_is_not_there_is_told() -> None:
     with pytest.raises(UnavailableError, match=r"the process that does it ends the process with 1: unknown runtime"):
         tried(candidate(model("linear"), NONE), plan=Plan("none-such"))
+
+
+def slow(folder: Path, run_s: float) -> dict[str, str]:
+    """Make every run of the trials' child take so long on the CPU, as a large model's does."""
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if sys.argv[:1] == ['-m'] and 'edge_serve.model.trial_child' in sys.orig_argv:\n"
+        "    from edge_serve.model.engine import Engine\n"
+        "    whole = Engine.run\n"
+        "    def run(self, inputs):\n"
+        f"        time.sleep({run_s} / self.threads)\n"
+        "        return whole(self, inputs)\n"
+        "    Engine.run = run\n"
+    )
+    return {"PYTHONPATH": str(site)}
+
+
+def test_a_large_model_gets_the_time_that_its_runs_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in slow(tmp_path, 0.1).items():
+        monkeypatch.setenv(name, value)
+    ways = [candidate(model("linear"), spec, threads) for spec in (XNNPACK, NONE) for threads in (1, 2)]
+    trials = tried(*ways, plan=dataclasses.replace(PLAN, total_s=0.5))
+    assert [trial.reason for trial in trials] == [""] * 4
+    assert trials[1].latency_s is not None
+    assert trials[0].latency_s is not None
+    assert trials[1].latency_s < trials[0].latency_s
+
+
+def test_an_accelerator_that_takes_long_to_load_leaves_the_cpu_its_time(tmp_path: Path) -> None:
+    file = add_model(tmp_path)
+    plan = dataclasses.replace(PLAN, total_s=1.0, limit_s=3.0)
+    trials = tried(candidate(file, external(create="hang")), candidate(file, XNNPACK), candidate(file, NONE), plan=plan)
+    assert not trials[0].right
+    assert [trial.right for trial in trials[1:]] == [True, True]
+    assert all(trial.latency_s is not None for trial in trials[1:])
