@@ -124,6 +124,7 @@ def explicit(wish: Wish, delegate: DelegateSpec, runtime: Runtime, stop: Callabl
     """Try the delegate asked for; what may run in its place, only if it cannot be had."""
     reasons: list[str] = []
     trials: list[Trial] = []
+    log.info("%s: trying it on %s, once for this machine", wish.version.name, delegate.label)
     for nth, spec in enumerate((delegate, *wish.fallback)):
         tried = [wish.candidate(spec, threads=threads) for threads in _threads(wish, spec)]
         # What was asked for is taken, fast or slow; it has to be right, as far as it takes anything.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import struct
 import time
 from collections.abc import Callable
@@ -140,6 +141,19 @@ def test_what_was_unplugged_is_degraded_and_taken_up_again(tmp_path: Path, broke
         wait_for(back, "it is taken up again", 60.0)
         assert "is well again and taken up" in service.text
         wait_for(lambda: status(file)["state"] == "online", "the service is well")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_stop_does_not_wait_for_what_is_measured_at_a_first_start(
+    tmp_path: Path, broker: Mosquitto, number: signal.Signals, code: int
+) -> None:
+    file = config(tmp_path, broker.url, delegate(create="hang"))
+    service = Service(file)
+    service.said("trying it on external:libmisbehave")
+    begun = time.monotonic()
+    assert service.terminate(number) == code
+    assert time.monotonic() - begun < 5.0, "a trial that hangs is given up after 60 s only"
+    service.said_at_last("stopped before the start was done")
 
 
 def test_an_explicit_delegate_that_is_not_there_stops_the_start(tmp_path: Path, broker: Mosquitto) -> None:
