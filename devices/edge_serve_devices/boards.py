@@ -75,7 +75,7 @@ class Profile:
     family: str
     match: Match = Match()
     threads: int | None = None
-    """Threads that a model is given at most; None: as many as there are cores."""
+    """Threads that are worth a try, as far as is known; None: as many as there are cores."""
     memory_share: float = 0.5
     """How much of the memory the service may take before the rest of the system suffers."""
     throttle_c: float | None = None
@@ -290,4 +290,11 @@ def describe(board: Board) -> dict[str, Any]:
         "page_size": board.page_size,
         "kernel": board.kernel,
         "os": board.os_name,
+        "defaults": {
+            "threads": board.profile.threads or board.cores,
+            "memory_bytes": int(board.profile.memory_share * board.memory_bytes),
+            "throttle_c": board.profile.throttle_c,
+            "stop_c": board.profile.stop_c,
+            "delegates": list(board.profile.delegates),
+        },
     }

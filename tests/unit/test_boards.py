@@ -198,6 +198,8 @@ def test_the_command_lists_them_for_people_and_machines(tmp_path: Path, run: Run
     root = tree(tmp_path, "cm4")
     document: dict[str, Any] = run("devices", "--root", str(root), "--json").document
     assert document["board"]["profile"] == "raspberry-pi-4"
+    assert document["board"]["defaults"]["threads"] == 4
+    assert document["board"]["defaults"]["throttle_c"] == 80.0
     assert [each["delegate"] for each in document["accelerators"]] == ["edgetpu:usb:0", "edgetpu:usb:1"]
     assert json.dumps(document)
     text = run("devices", "--root", str(tree(tmp_path, "pi-5"))).out
