@@ -34,6 +34,7 @@ from edge_serve.model.opening import open_model  # noqa: E402
 from edge_serve.model.repository import find  # noqa: E402
 from edge_serve.model.resilient import ResilientEngine  # noqa: E402
 from scripts.benchmarks import CONFIG, Bar, start  # noqa: E402
+from tests.delegates import external  # noqa: E402
 
 ROUNDS = 7
 ROUND_S = 0.15
@@ -147,6 +148,33 @@ def isolation(file: Path, title: str) -> None:
     there.close()
 
 
+def leaving(file: Path, title: str) -> list[Bar]:
+    """Measure how long an input waits when its delegate fails: until the next in line, opened for it, has given the result."""
+    runtime, bars = load_runtime(), []
+    for how in ("hang", "crash", "nan"):
+        waited = []
+        for _ in range(STARTS):
+            with tempfile.TemporaryDirectory() as folder:
+                when = Path(folder) / "when"
+                line = [
+                    Candidate("file", file, "", external(claims="add", invoke=how, when=when), 1),
+                    Candidate("file", file, "", DelegateSpec("xnnpack"), 1),
+                ]
+                engine = ResilientEngine("bench", line, lambda each: open_model(each.file, each.spec, runtime))
+                given = zeros(engine)
+                engine.run(given)
+                assert engine.candidate is line[0]
+                when.touch()
+                begun = time.perf_counter()
+                engine.run(given)
+                waited.append(time.perf_counter() - begun)
+                assert engine.candidate is line[1]
+                engine.close()
+        name = f"left when the delegate fails ({how}), {title}"
+        bars.append(Bar(name, max(waited), 1.0, "s", f"the longest of {len(waited)}"))
+    return bars
+
+
 def auto(model: Path, title: str, variants: list[str]) -> list[Bar]:
     """Hold what `auto` takes against every fixed choice, opened and timed here in turn."""
     runtime = load_runtime()
@@ -213,6 +241,7 @@ def main() -> int:
         *loop_cost(mobilenet, "MobileNetV2", lambda bare: 0.01 * bare),
         *wakes(mobilenet),
     ]
+    bars += leaving(mobilenet, "MobileNetV2")
     isolation(TINY, "a tiny model")
     isolation(mobilenet, "MobileNetV2")
     for name in ("digits", "motion"):
