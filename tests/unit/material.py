@@ -177,11 +177,14 @@ type = "stdout"
 
 def sound(**replaced: str) -> str:
     """Give a configuration without mistakes; each argument's name is a word of it that is replaced."""
-    text = SOUND.replace("{linear}", str(model("linear")))
+    text, place = SOUND, str(model("linear"))
     for old, new in replaced.items():
+        if old not in text:
+            # Only now: the words of a checkout's own path are nobody's to replace.
+            text = text.replace("{linear}", place)
         assert old in text
         text = text.replace(old, new)
-    return text
+    return text.replace("{linear}", place)
 
 
 def configured(text: str, folder: Path) -> Config:

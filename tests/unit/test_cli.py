@@ -194,8 +194,8 @@ def test_check_names_the_mistakes_of_all_models_at_once(run: Run, tmp_path: Path
     second = (
         sound()
         .split("[[pipeline]]", 1)[1]
-        .replace("one", "two")
-        .replace("file", "socket")
+        .replace('"one"', '"two"')
+        .replace('"file"', '"socket"')
         .replace('path = "-"', 'listen = "tcp://127.0.0.1:9750"')
     )
     text = (sound() + "[[pipeline]]" + second).replace("/linear.tflite", "/text.tflite")
