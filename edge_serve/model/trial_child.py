@@ -47,9 +47,9 @@ ROUNDS = 7
 LEAST_ROUNDS = 3
 ROUND_S = 0.01
 ROUND_RUNS = (1, 400)
-# More threads than two are tried where two won by at least so much. A faster run than this is not worth a hand-over.
+# More threads than two are tried where two won by at least so much. A run that is faster than this is over before another thread is awake.
 THREADS_GAIN = 0.95
-WORTH_SPLITTING_S = 50e-6
+WORTH_SPLITTING_S = 5e-6
 # Results may differ by so much of an output's largest value where nothing says how much: delegates compute in half precision.
 LOOSE = 0.01
 # … and by so much from those of another file of the model.
