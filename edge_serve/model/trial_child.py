@@ -143,9 +143,8 @@ class Trials:
             begun = time.monotonic()
             reason = self._open(way)
             if way.spec.name not in CPU:
-                self._begun += (
-                    time.monotonic() - begun
-                )  # a GPU compiles its shaders; the CPU's ways are tried all the same
+                # A GPU compiles its shaders; the CPU's ways are tried all the same.
+                self._begun += time.monotonic() - begun
             if reason:
                 say(**way.known, reason=reason)
                 self._close(way)
