@@ -83,7 +83,7 @@ class Profile:
     stop_c: float | None = None
     """At this one it stops, or slows down to almost nothing."""
     delegates: tuple[str, ...] = ("xnnpack", "none")
-    """What is worth a try, the most promising first."""
+    """What "auto" tries, the most promising first; a GPU that is not named is left out and the reasons say so."""
     problem: tuple[KnownProblem, ...] = ()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edge_serve.errors import DelegateAwayError, DelegateError, ModelError
 from edge_serve.model.delegate import DelegateSpec, Found
 from edge_serve.model.engine import Engine
+from edge_serve_devices import boards
 
 if TYPE_CHECKING:
     from edge_serve.model.delegate import Runnable
@@ -188,6 +189,9 @@ class Gpu(External):
             return (Found(spec, "the GPU has no Vulkan driver", remedy),)
         if all(name.startswith(SOFTWARE_DRIVERS) for name in drivers):
             return (Found(spec, "the only Vulkan driver computes on the CPU", remedy),)
+        board = boards.recognise(root)
+        if "gpu" not in board.profile.delegates:
+            return (Found(spec, untried=f'not worth a try on {board.model}; delegate = "gpu" takes it all the same'),)
         return (Found(spec),)
 
 

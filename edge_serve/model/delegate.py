@@ -51,6 +51,8 @@ class Found:
     why_not: str = ""
     """Empty where nothing is known to be in its way; only opening it proves that it works."""
     remedy: str = ""
+    untried: str = ""
+    """Why "auto" does not try it where nothing is in its way: what its kind of board is known for. Asked for by name, it is used."""
 
 
 class Runnable(Protocol):

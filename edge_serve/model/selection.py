@@ -39,6 +39,9 @@ def measured(wish: Wish, runtime: Runtime, root: Path, stop: Callable[[], bool] 
             if each.why_not:
                 reasons.append(f"{each.spec.label}: {each.why_not}{f'; {each.remedy}' if each.remedy else ''}")
                 continue
+            if each.untried:
+                reasons.append(f"{each.spec.label}: {each.untried}")
+                continue
             if each.spec.name == "edgetpu" and variant is not None and not compiled:
                 reasons.append(f"{variant.name} on {each.spec.label}: is not compiled for an Edge TPU")
                 continue

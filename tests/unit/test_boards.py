@@ -172,6 +172,14 @@ def test_a_gpu_counts_with_a_driver_of_its_own(tmp_path: Path, name: str, why: s
     assert bool(found.why_not) == bool(why)
 
 
+def test_auto_tries_a_gpu_only_where_the_board_is_known_for_a_good_one(tmp_path: Path) -> None:
+    driver = {"libraries": ["usr/lib/aarch64-linux-gnu/libvulkan.so.1"], "icd": ["broadcom_icd.json"]}
+    (found,) = Gpu.find(tree(tmp_path, "pi-5", **driver))
+    assert (found.why_not, found.untried.partition(";")[0]) == ("", "not worth a try on Raspberry Pi 5 Model B Rev 1.0")
+    (other,) = Gpu.find(tree(tmp_path, "orange-pi-5"))
+    assert not other.untried
+
+
 def test_a_vendors_gpu_library_is_taken(tmp_path: Path) -> None:
     library = "usr/lib/aarch64-linux-gnu/libtensorflowlite_gpu_delegate.so"
     root = tree(tmp_path, "pi-4", libraries=[library])

@@ -23,6 +23,7 @@ from edge_serve.model.repository import find
 from edge_serve.model.selection import duration
 from edge_serve.model.wish import Choice
 from edge_serve.schema import compact
+from tests.boards import tree
 from tests.delegates import add_model, external
 from tests.unit.material import assert_close, bundle, configured, model, rewrite, sound
 
@@ -69,6 +70,14 @@ def test_auto_takes_the_fastest_that_is_right_and_says_why(chosen: Choose) -> No
     assert any(reason.startswith("edgetpu") for reason in found.reasons)
     assert any(reason.startswith("gpu") for reason in found.reasons)
     assert not found.cached
+
+
+def test_auto_leaves_out_what_the_board_is_known_to_be_bad_at(chosen: Choose, tmp_path: Path) -> None:
+    libraries = ["usr/lib/aarch64-linux-gnu/libvulkan.so.1"]
+    root = tree(tmp_path, "pi-5", libraries=libraries, icd=["broadcom_icd.json"])
+    found = chosen(model("linear"), root=root)
+    assert all(each.spec.name != "gpu" for each in found.line)
+    assert any(reason.startswith("gpu: not worth a try on Raspberry Pi 5") for reason in found.reasons)
 
 
 def test_what_takes_nothing_is_not_chosen(chosen: Choose) -> None:
