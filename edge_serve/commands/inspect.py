@@ -45,7 +45,9 @@ def inspect(
         from edge_serve.app import load
         from edge_serve.model.choice import reasons
 
-        report["choices"] = reasons(load(config).state_dir, Path(report["file"]))
+        folder = load(config).state_dir
+        report["choices"] = reasons(folder, Path(report["file"]))
+        report["state_dir"] = str(folder)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -147,7 +149,10 @@ def _print(report: dict[str, Any]) -> None:
         for reason in reasons:
             click.echo(f"  {reason}")
     if report.get("choices") == []:
-        click.echo("\nnothing was chosen here yet; `edge-serve run` does it at its first start")
+        click.echo(
+            f"\nnothing was chosen yet in {report['state_dir']}; `edge-serve run` does it at its first start. A service whose state "
+            "folder is another: name that with STATE_DIRECTORY (an installed one has /var/lib/edge-serve)"
+        )
 
 
 def _tensor(tensor: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""Runs a command in a root of another architecture, under QEMU's user mode, and changes nothing outside.
+"""Runs a command in a root of another architecture, or one that makes such a root, under QEMU's user mode; changes nothing outside.
 
 Linux 6.7 and later has a binfmt_misc for each user namespace: the interpreters are registered in a namespace of the command's own,
 and are gone with its last process. Needs root (a mount of proc and dev into the new root).
 
-usage: python emulate.py --root DIR [--qemu DIR] [--bind SOURCE:TARGET]... COMMAND...
+usage: python emulate.py [--root DIR] [--qemu DIR] [--bind SOURCE:TARGET]... COMMAND...
 """
 
 from __future__ import annotations
@@ -54,10 +54,26 @@ def namespaces() -> None:
     os.read(go[0], 1)
 
 
+def enter(root: Path, binds: list[str]) -> None:
+    """Make a folder this process's root, with the machine's own proc, dev and sys, and what else is to be seen in it."""
+    mount(str(root), str(root), None, MS_BIND | MS_REC)
+    for each in (*(f"/{name}:/{name}" for name in ("proc", "dev", "sys")), *binds):
+        source, _, inside = each.partition(":")
+        target = root / inside.lstrip("/")
+        if Path(source).is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch()
+        mount(source, str(target), None, MS_BIND | MS_REC)
+    os.chroot(root)
+    os.chdir("/")
+
+
 def main() -> None:
     """Register the interpreters, enter the root, become the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--root", type=Path)
     parser.add_argument("--qemu", type=Path, default=Path("/usr/bin"))
     parser.add_argument("--bind", action="append", default=[])
     parser.add_argument("command", nargs=argparse.REMAINDER)
@@ -70,19 +86,8 @@ def main() -> None:
         # F: the interpreter is opened now, so none has to lie in the new root.
         line = f":edge-serve-{name}:M::{head}:{MASK}:{given.qemu}/qemu-{name}-static:FPOC"
         Path("/proc/sys/fs/binfmt_misc/register").write_text(line, encoding="ascii")
-    root = given.root.resolve()
-    mount(str(root), str(root), None, MS_BIND | MS_REC)
-    for each in (*(f"/{name}:/{name}" for name in ("proc", "dev", "sys")), *given.bind):
-        source, _, inside = each.partition(":")
-        target = root / inside.lstrip("/")
-        if Path(source).is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.touch()
-        mount(source, str(target), None, MS_BIND | MS_REC)
-    os.chroot(root)
-    os.chdir("/")
+    if given.root:
+        enter(given.root.resolve(), given.bind)
     os.execvp(given.command[0], given.command)
 
 

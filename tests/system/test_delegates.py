@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from edge_serve.app import load
 from edge_serve.model import resilient
 from tests.delegates import add_model, library, tpu_model
 from tests.support import MODELS, Client, InProcess, Mosquitto, Service, edge_serve, wait_for, write_config
@@ -202,6 +203,8 @@ def test_a_fallback_gives_way_when_what_was_asked_for_is_there(tmp_path: Path, b
 
 def test_auto_says_why_in_the_log_the_status_and_inspect(tmp_path: Path, broker: Mosquitto) -> None:
     file = config(tmp_path, broker.url, "", MODELS / "digits.tflite")
+    nothing = edge_serve("inspect", MODELS / "digits.tflite", "-c", file).stdout
+    assert f"nothing was chosen yet in {load(file).state_dir}".encode() in nothing
     with Service(file).ready() as service:
         assert "; chosen" in service.text
         (reasons,) = (each["reasons"] for each in status(file)["pipelines"].values())
