@@ -9,24 +9,26 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from edge_serve import plugins, watchdog
-from edge_serve.config import Config
+from edge_serve.config import Config, PipelineConfig
 from edge_serve.config import load as load_config
 from edge_serve.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_UNAVAILABLE,
+    DelegateAwayError,
     EdgeServeError,
     GoneError,
     StoppedError,
     UnavailableError,
     UsageError,
 )
+from edge_serve.health import Counters
 from edge_serve.instance import Instance
 from edge_serve.line import Line, build, drain, find_model, flush, open_engine, release
 from edge_serve.model.interpreter import Runtime, load_runtime
@@ -155,18 +157,7 @@ class App:
         self._quarantine = Quarantine.open(runtime_folder(self.config.state_dir))
         for pipeline in self.config.pipelines:
             self._notifier.loading(pipeline.name, watchdog.LOAD_SILENCE_S)
-            self.lines.append(
-                build(
-                    self.config,
-                    pipeline,
-                    self._runtime,
-                    self._fatal,
-                    None,
-                    self._quarantine,
-                    self._spool,
-                    self._wake.is_set,
-                )
-            )
+            self.lines.append(self._build(self.config, pipeline))
         if self.config.spool.enabled:
             self._spool.start(self._fatal)
         for line in self.lines:
@@ -347,7 +338,8 @@ class App:
         Models of new and changed pipelines are loaded before anything stops. A changed pipeline then finishes what it has,
         and the new one goes on in the same session, so nothing is lost and nothing overtakes. Raises an EdgeServeError, and
         has changed nothing, if the configuration or a model cannot be used, or if something is asked for that needs a
-        restart.
+        restart. An accelerator that only one process may have goes from the old pipeline to the new one, so that its model is
+        loaded when the old one has ended; if it cannot be, the old one is made again.
         """
         if not self._reloading.acquire(blocking=False):
             raise UnavailableError("a reload is under way already; try again when it is done")
@@ -365,36 +357,35 @@ class App:
     def _reload(self, beat: watchdog.Heartbeat) -> Plan:
         from edge_serve import reload
 
-        assert self._runtime is not None
         config = load(self.config.path)
         plan = reload.plan(self.config, config, self.lines, self._told)
         counted = {line.name: line.counters for line in self.lines}
         made: dict[str, Line] = {}
+        leaving = [*plan.removed, *(line for line in self.lines if line.name in plan.changed)]
+        late: list[PipelineConfig] = []
+        drained = False
         try:
             for pipeline in config.pipelines:
                 if pipeline.name in plan.made:
                     beat.tick()
-                    counters = counted.get(pipeline.name)
-                    made[pipeline.name] = build(
-                        config,
-                        pipeline,
-                        self._runtime,
-                        self._fatal,
-                        counters,
-                        self._quarantine,
-                        self._spool,
-                        self._wake.is_set,
-                    )
+                    line = self._build_early(config, pipeline, counted.get(pipeline.name), leaving)
+                    if line is None:
+                        late.append(pipeline)
+                    else:
+                        made[line.name] = line
             self._go_on()
             log.info("reload: %s", plan)
-            leaving = [*plan.removed, *(line for line in self.lines if line.name in plan.changed)]
             drain(leaving, time.monotonic() + self.config.grace_s)
-            if self._wake.is_set():
-                self.lines = plan.kept
-                self._go_on()
+            drained = True
+            for pipeline in late:
+                beat.tick()
+                made[pipeline.name] = self._build(config, pipeline, counted.get(pipeline.name))
+            self._go_on()
         except EdgeServeError:
             for line in made.values():
                 line.pipeline.release(finished=False)
+            if drained:
+                self._take_back(plan.kept, leaving)
             raise
         self._spool.reconfigure(config.spool)
         if config.spool.enabled:
@@ -413,6 +404,57 @@ class App:
                 self._publisher = None
             self._publish_status()
         return plan
+
+    def _build(self, config: Config, pipeline: PipelineConfig, counters: Counters | None = None) -> Line:
+        assert self._runtime is not None
+        return build(
+            config,
+            pipeline,
+            self._runtime,
+            self._fatal,
+            counters,
+            self._quarantine,
+            self._spool,
+            self._wake.is_set,
+        )
+
+    def _build_early(
+        self, config: Config, pipeline: PipelineConfig, counters: Counters | None, leaving: Sequence[Line]
+    ) -> Line | None:
+        """Build a pipeline while others still serve; None if one of those may have the accelerator that this one wants."""
+        try:
+            line = self._build(config, pipeline, counters)
+        except DelegateAwayError as error:
+            if not leaving:
+                raise
+            log.info("reload: %s; tried again when %s has ended", error, ", ".join(each.name for each in leaving))
+            return None
+        if line.wanting and leaving:
+            log.info("reload: %s: an accelerator is not free; chosen again when the old pipeline has ended", line.name)
+            line.pipeline.release(finished=False)
+            return None
+        return line
+
+    def _take_back(self, kept: Sequence[Line], ended: Sequence[Line]) -> None:
+        """Make again, after a reload that failed, the pipelines that had ended for it; the service ends if that fails."""
+        self.lines = list(kept)
+        if self._wake.is_set():
+            return
+        again: dict[str, Line] = {}
+        try:
+            for old in ended:
+                again[old.name] = self._build(self.config, old.config, old.counters)
+        except EdgeServeError as error:
+            for line in again.values():
+                line.pipeline.release(finished=False)
+            self._fatal(error)
+            return
+        for line in again.values():
+            line.start()
+        staying = {line.name: line for line in kept} | again
+        self.lines = [staying[pipeline.name] for pipeline in self.config.pipelines]
+        for line in again.values():
+            line.settle_in()
 
     def _go_on(self) -> None:
         if self._wake.is_set():

@@ -161,6 +161,8 @@ class Line:
     summary: str
     reasons: tuple[str, ...] = ()
     """Why it runs on what it runs on: what was tried, and what came of it."""
+    wanting: bool = False
+    """Whether an accelerator was not free when it was chosen what it runs on."""
 
     def start(self) -> None:
         """Start its threads: they connect, read and work."""
@@ -365,6 +367,7 @@ def build(
         counters,
         summary,
         choice.reasons,
+        choice.away,
     )
 
 

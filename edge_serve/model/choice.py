@@ -80,7 +80,8 @@ def choose(
         if delegate is None
         else selection.explicit(wish, delegate, runtime, stop)
     )
-    _remember(folder, key, made, devices)
+    if not made.away:
+        _remember(folder, key, made, devices)
     return made
 
 

@@ -116,7 +116,8 @@ def _ranked(wish: Wish, trials: Sequence[Trial], right: list[Trial], reasons: li
             line.append(trial.candidate)
     # The interpreter's own kernels are the last resort, and what one delegate fails on should not fail on the next.
     line[1:] = sorted(line[1:], key=lambda each: each.spec.name == "none")
-    return Choice(tuple(line), tuple([*said, *dict.fromkeys(reasons)][:MOST_REASONS]))
+    told = tuple([*said, *dict.fromkeys(reasons)][:MOST_REASONS])
+    return Choice(tuple(line), told, away=any(trial.away for trial in trials))
 
 
 def _kind(candidate: Candidate) -> tuple[str, str]:

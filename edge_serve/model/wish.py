@@ -25,6 +25,8 @@ class Choice:
     cached: bool = False
     strict: bool = False
     """Whether nothing else may run in place of the winner at the start."""
+    away: bool = False
+    """Whether hardware that is there was not free to be measured: such a choice is good for now, and is not kept."""
 
     @property
     def winner(self) -> Candidate:

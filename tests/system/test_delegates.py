@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import signal
 import struct
@@ -12,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from edge_serve import line
 from edge_serve.app import load
+from edge_serve.errors import DelegateAwayError
 from edge_serve.model import resilient
+from edge_serve.model.wish import Choice
 from tests.delegates import add_model, library, tpu_model
 from tests.support import MODELS, Client, InProcess, Mosquitto, Service, edge_serve, wait_for, write_config
 
@@ -249,3 +254,60 @@ def test_in_process_a_quick_pipeline_never_helps_with_a_delegate_that_may_hang(
         feed.send(50)
         assert set(feed.all_there()) == {"external:libmisbehave"}
         assert not service.app.lines[0].pipeline._may_help()
+
+
+def test_a_reload_hands_over_an_accelerator_that_only_one_may_have(tmp_path: Path, broker: Mosquitto) -> None:
+    def wished(lock: Path, more: str) -> None:
+        options = f'options = {{ claims = "tpu", lock = "{lock}" }}'
+        text = f'delegate = {{ name = "edgetpu", library = "{library()}", {options} }}\n{more}'
+        config(tmp_path, broker.url, text, compiled)
+
+    def delegates(feed: Feed) -> set[str]:
+        """Wait for all results; what the stand-in computes is nobody's."""
+        found = feed.client.wait_ids({f"f{number}" for number in range(feed.sent)})
+        return {str(each["model"]["delegate"]) for each in found}
+
+    compiled = tpu_model(tmp_path)
+    mine, taken = tmp_path / "tpu", tmp_path / "taken"
+    wished(mine, "")
+    file = tmp_path / "edge-serve.toml"
+    with InProcess(file) as service, Client(broker.port, "results") as client, taken.open("w") as other:
+        feed = Feed(client)
+        feed.send(20)
+        wished(mine, "threads = 1\nerror_payload_bytes = 16")
+        assert "error_payload_bytes" in str(service.app.reload())
+        feed.send(20)
+        # A third process has the one that is asked for next: the old pipeline is made again.
+        fcntl.flock(other, fcntl.LOCK_EX)
+        wished(taken, "threads = 1\nerror_payload_bytes = 16")
+        with pytest.raises(DelegateAwayError, match="does no other process have it"):
+            service.app.reload()
+        feed.send(20)
+        assert delegates(feed) == {"edgetpu"}
+        wished(mine, "threads = 1")
+        service.app.reload()
+        feed.send(20)
+        assert delegates(feed) == {"edgetpu"}
+
+
+def test_what_was_chosen_while_an_accelerator_was_not_free_is_chosen_again_when_it_is(
+    tmp_path: Path, broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy: list[bool] = []
+    whole = line.choose_model
+
+    def choose_model(*given: Any) -> Choice:
+        # As if the pipeline that is about to end had a TPU.
+        busy.append(not service.app.lines[0].ended)
+        return dataclasses.replace(whole(*given), away=busy[-1])
+
+    file = config(tmp_path, broker.url, "threads = 1")
+    with InProcess(file) as service, Client(broker.port, "results") as client:
+        monkeypatch.setattr(line, "choose_model", choose_model)
+        config(tmp_path, broker.url, "threads = 1\nerror_payload_bytes = 16")
+        service.app.reload()
+        assert busy == [True, False]
+        assert not service.app.lines[0].wanting
+        feed = Feed(client)
+        feed.send(5)
+        assert len(feed.all_there()) == 5

@@ -80,6 +80,24 @@ def test_auto_leaves_out_what_the_board_is_known_to_be_bad_at(chosen: Choose, tm
     assert any(reason.startswith("gpu: not worth a try on Raspberry Pi 5") for reason in found.reasons)
 
 
+def test_a_choice_for_which_something_was_not_free_is_not_kept(
+    chosen: Choose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trial.try_all
+
+    def one_away(*given: Any, **more: Any) -> Any:
+        first, *others = whole(*given, **more)
+        return [trial.Trial(first.candidate, "in use", away=True), *others]
+
+    monkeypatch.setattr(selection, "try_all", one_away)
+    assert chosen(model("linear")).away
+    monkeypatch.setattr(selection, "try_all", whole)
+    found = chosen(model("linear"))
+    assert not found.away
+    assert not found.cached
+    assert chosen(model("linear")).cached
+
+
 def test_what_takes_nothing_is_not_chosen(chosen: Choose) -> None:
     found = chosen(model("lookup"))
     assert [each.spec.label for each in found.line] == ["none"]
