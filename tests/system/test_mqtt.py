@@ -15,6 +15,7 @@ import pytest
 
 from edge_serve.app import load
 from edge_serve.errors import UnavailableError
+from edge_serve.model.delegate import CPU
 from edge_serve.mqtt import Connection
 from tests.support import (
     Client,
@@ -124,9 +125,9 @@ def test_a_result_is_as_the_interfaces_say(site: Site) -> None:
     assert document["captured_by"] == "arrival"
     assert document["clock"] in ("ok", "unsynced")
     assert 0 < document["age_ms"] < (time.time() - before) * 1e3
-    assert document["model"] == {
-        "name": "digits", "version": None, "variant": "file", "delegate": "xnnpack", "signature": "serving_default",
-    }  # fmt: skip
+    model = document["model"]
+    assert model.pop("delegate") in CPU, "what auto found fastest"
+    assert model == {"name": "digits", "version": None, "variant": "file", "signature": "serving_default"}
     assert list(document["timings_ms"]) == ["wait", "process", "invoke", "decode"]
     assert all(value >= 0 for value in document["timings_ms"].values())
     assert document["type"] == "classification"
