@@ -30,7 +30,7 @@ from edge_serve.errors import (
 )
 from edge_serve.health import Counters
 from edge_serve.instance import Instance
-from edge_serve.line import Line, build, drain, find_model, flush, open_engine, release
+from edge_serve.line import Line, build, delegate_of, drain, find_model, flush, open_engine, release
 from edge_serve.model.interpreter import Runtime, load_runtime
 from edge_serve.notify import Notifier
 from edge_serve.quarantine import Quarantine, runtime_folder
@@ -385,7 +385,7 @@ class App:
             for line in made.values():
                 line.pipeline.release(finished=False)
             if drained:
-                self._take_back(plan.kept, leaving)
+                self._take_back(plan.kept, leaving, beat)
             raise
         self._spool.reconfigure(config.spool)
         if config.spool.enabled:
@@ -405,7 +405,9 @@ class App:
             self._publish_status()
         return plan
 
-    def _build(self, config: Config, pipeline: PipelineConfig, counters: Counters | None = None) -> Line:
+    def _build(
+        self, config: Config, pipeline: PipelineConfig, counters: Counters | None = None, again: Line | None = None
+    ) -> Line:
         assert self._runtime is not None
         return build(
             config,
@@ -416,44 +418,53 @@ class App:
             self._quarantine,
             self._spool,
             self._wake.is_set,
+            again,
         )
 
     def _build_early(
         self, config: Config, pipeline: PipelineConfig, counters: Counters | None, leaving: Sequence[Line]
     ) -> Line | None:
-        """Build a pipeline while others still serve; None if one of those may have the accelerator that this one wants."""
+        """Build a pipeline while others still serve; None if one of those that leave has the accelerator that it wants."""
+        wanted = delegate_of(pipeline)
+        held = {name for line in leaving for name in line.pipeline.accelerators}
+        may_wait = bool(held) if wanted is None else wanted.name in held
         try:
             line = self._build(config, pipeline, counters)
         except DelegateAwayError as error:
-            if not leaving:
+            if not may_wait:
                 raise
-            log.info("reload: %s; tried again when %s has ended", error, ", ".join(each.name for each in leaving))
+            log.info("reload: %s; tried again when the old pipeline has ended", error)
             return None
-        if line.wanting and leaving:
-            log.info("reload: %s: an accelerator is not free; chosen again when the old pipeline has ended", line.name)
+        if may_wait and line.wanting:
+            log.info("reload: %s: made again when the old pipeline has ended and its accelerator is free", line.name)
             line.pipeline.release(finished=False)
             return None
         return line
 
-    def _take_back(self, kept: Sequence[Line], ended: Sequence[Line]) -> None:
+    def _take_back(self, kept: Sequence[Line], ended: Sequence[Line], beat: watchdog.Heartbeat) -> None:
         """Make again, after a reload that failed, the pipelines that had ended for it; the service ends if that fails."""
         self.lines = list(kept)
-        if self._wake.is_set():
-            return
-        again: dict[str, Line] = {}
+        staying = {line.name: line for line in kept}
+        again: list[Line] = []
         try:
             for old in ended:
-                again[old.name] = self._build(self.config, old.config, old.counters)
+                beat.tick()
+                if old.source.exhausted.is_set():
+                    staying[old.name] = old  # its inputs are all worked off, and would be read again
+                else:
+                    again.append(self._build(self.config, old.config, old.counters, old))
+            self._go_on()
         except EdgeServeError as error:
-            for line in again.values():
+            for line in again:
                 line.pipeline.release(finished=False)
-            self._fatal(error)
+            if not self._wake.is_set():
+                self._fatal(error)
             return
-        for line in again.values():
+        for line in again:
             line.start()
-        staying = {line.name: line for line in kept} | again
+            staying[line.name] = line
         self.lines = [staying[pipeline.name] for pipeline in self.config.pipelines]
-        for line in again.values():
+        for line in again:
             line.settle_in()
 
     def _go_on(self) -> None:

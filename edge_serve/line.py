@@ -159,10 +159,19 @@ class Line:
     sinks: list[SinkRunner]
     counters: Counters
     summary: str
-    reasons: tuple[str, ...] = ()
-    """Why it runs on what it runs on: what was tried, and what came of it."""
-    wanting: bool = False
-    """Whether an accelerator was not free when it was chosen what it runs on."""
+    version: ModelVersion
+    choice: Choice
+    """What it was to run on when it was made, and why."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Say why it runs on what it runs on: what was tried, and what came of it."""
+        return self.choice.reasons
+
+    @property
+    def wanting(self) -> bool:
+        """Say whether something better may be there that was not free, or is not what runs now."""
+        return self.choice.away or bool(self.pipeline.troubles)
 
     def start(self) -> None:
         """Start its threads: they connect, read and work."""
@@ -248,18 +257,23 @@ def build(
     quarantine: Quarantine | None = None,
     spool: Spool | None = None,
     stop: Callable[[], bool] | None = None,
+    again: Line | None = None,
 ) -> Line:
     """Make the parts of a pipeline, nothing of it started; `counters` go on with what another one has counted.
 
-    UsageError names the pipeline and what is wrong, DelegateAwayError the hardware that is not there. StoppedError if `stop` said
-    so while it was measured what the model runs best on.
+    With `again` it is made as that one was, which ended without need: of the same model, chosen as then, and on the next in line
+    where the first cannot be had. UsageError names the pipeline and what is wrong, DelegateAwayError the hardware that is not there.
+    StoppedError if `stop` said so while it was measured what the model runs best on.
     """
     opened: list[tuple[ResilientEngine, Guard]] = []
     made: list[Worker] = []
     try:
-        version = find_model(config, pipeline)
+        version = find_model(config, pipeline) if again is None else again.version
         made_of = traits(config, pipeline, version)
-        choice = choose_model(config, pipeline, version, runtime, stop)
+        if again is None:
+            choice = choose_model(config, pipeline, version, runtime, stop)
+        else:
+            choice = dataclasses.replace(again.choice, cached=True, strict=False)
         if not choice.cached:
             for reason in choice.reasons:
                 log.info("%s: %s", pipeline.name, reason)
@@ -366,8 +380,8 @@ def build(
         sinks,
         counters,
         summary,
-        choice.reasons,
-        choice.away,
+        version,
+        choice,
     )
 
 

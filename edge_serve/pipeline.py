@@ -118,6 +118,11 @@ class Pipeline:
         """Say of each worker that does not run on what it should why it does not."""
         return list(dict.fromkeys(said for worker in self._workers if (said := worker.engine.trouble) is not None))
 
+    @property
+    def accelerators(self) -> set[str]:
+        """Name the delegates that nobody else may have while its workers run on them."""
+        return {held for worker in self._workers if (held := worker.engine.holds) is not None}
+
     def record(self, recorder: Recorder) -> bool:
         """Show a recorder all inputs that the model runs on, from now on; False if another one is there."""
         with self._recorder_lock:

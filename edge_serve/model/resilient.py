@@ -136,6 +136,11 @@ class ResilientEngine:
         return self.candidate.spec.name in CPU
 
     @property
+    def holds(self) -> str | None:
+        """Name the delegate that runs now if nobody else may have it meanwhile; None on the CPU, and where it hung or died."""
+        return None if self.in_process or self._dead else self.candidate.spec.name
+
+    @property
     def trouble(self) -> str | None:
         """Say what is wrong while another delegate runs than should; None when all is well."""
         place = self._place

@@ -51,7 +51,7 @@ def measured(wish: Wish, runtime: Runtime, root: Path, stop: Callable[[], bool] 
     trials = try_all(candidates, _golden(wish), Plan(runtime.name, wish.signature), stop=stop)
     right = [trial for trial in trials if trial.right]
     if not right:
-        raise ModelError(_nothing(wish, trials, reasons))
+        raise _nothing(wish, trials, reasons, away=any(trial.away for trial in trials))
     return _ranked(wish, trials, right, reasons)
 
 
@@ -146,8 +146,7 @@ def explicit(wish: Wish, delegate: DelegateSpec, runtime: Runtime, stop: Callabl
             line = [*awaited, best.candidate, *rest]
             line += [each for each in stand_ins(wish, spec) if all(each.spec.label != have.spec.label for have in line)]
             return Choice(tuple(line), tuple(reasons[:MOST_REASONS]), strict=not wish.fallback)
-    text = _nothing(wish, trials, reasons)
-    raise DelegateAwayError(text) if trials[0].away else ModelError(text)
+    raise _nothing(wish, trials, reasons, away=trials[0].away)
 
 
 def _found(root: Path) -> Iterator[Found]:
@@ -208,12 +207,10 @@ def duration(seconds: float) -> str:
     raise AssertionError
 
 
-def _nothing(wish: Wish, trials: Sequence[Trial], reasons: list[str]) -> str:
+def _nothing(wish: Wish, trials: Sequence[Trial], reasons: list[str], *, away: bool) -> ModelError | DelegateAwayError:
+    """Say that nothing is right; `away`: because of hardware that may be there, or free, later."""
     # More threads are tried where one was right only.
     lines = [_said(trial, chosen=False) for trial in trials if trial.candidate.threads == 1 or wish.threads]
     lines += reasons
-    if len(lines) == 1:
-        return f"{wish.version.file}: {lines[0]}"
-    return f"{wish.version.file}: nothing here can run this model as asked:\n" + "\n".join(
-        f"  {line}" for line in lines
-    )
+    said = lines[0] if len(lines) == 1 else "\n  ".join(["nothing here can run this model as asked:", *lines])
+    return (DelegateAwayError if away else ModelError)(f"{wish.version.file}: {said}")

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from edge_serve import line
-from edge_serve.app import load
-from edge_serve.errors import DelegateAwayError
+from edge_serve.app import App, load
+from edge_serve.errors import ConfigError, DelegateAwayError, ModelError
 from edge_serve.model import resilient
 from edge_serve.model.wish import Choice
+from edge_serve.pipeline import Pipeline
+from edge_serve.processing.setup import settle
 from tests.delegates import add_model, library, tpu_model
 from tests.support import MODELS, Client, InProcess, Mosquitto, Service, edge_serve, wait_for, write_config
+from tests.unit.material import bundle
 
 pytestmark = pytest.mark.broker
 
@@ -53,6 +56,20 @@ def delegate(**options: object) -> str:
     """Write the `delegate` of a pipeline: the test library with these options."""
     listed = ", ".join(f'{key} = "{value}"' for key, value in options.items())
     return f'delegate = {{ library = "{library()}", options = {{ {listed} }} }}'
+
+
+def both_ways(folder: Path) -> Path:
+    """Write a model that an Edge TPU takes and the CPU runs as well: what EdgeTpu looks for stands behind the file's end."""
+    model = add_model(folder)
+    with model.open("ab") as stream:
+        stream.write(b"edgetpu-custom-op")
+    return model
+
+
+def tpu(**options: object) -> str:
+    """Write the `delegate` of a pipeline: a stand-in Edge TPU that takes both_ways' model."""
+    listed = ", ".join(f'{key} = "{value}"' for key, value in {"claims": "all", **options}.items())
+    return f'delegate = {{ name = "edgetpu", library = "{library()}", options = {{ {listed} }} }}'
 
 
 def payload(number: int) -> bytes:
@@ -185,10 +202,8 @@ def test_a_fallback_takes_its_place_and_says_so(tmp_path: Path, broker: Mosquitt
 def test_a_fallback_gives_way_when_what_was_asked_for_is_there(tmp_path: Path, broker: Mosquitto) -> None:
     gone = tmp_path / "gone"
     gone.touch()
-    wished = f'delegate = {{ name = "edgetpu", library = "{library()}", options = {{ claims = "all", unplugged = "{gone}" }} }}'
-    model = add_model(tmp_path)
-    with model.open("ab") as stream:
-        stream.write(b"edgetpu-custom-op")  # what EdgeTpu looks for, behind the end of a file that the CPU runs as well
+    wished = tpu(unplugged=gone)
+    model = both_ways(tmp_path)
     with (
         Service(config(tmp_path, broker.url, f'{wished}\nfallback = ["xnnpack"]', model)).ready() as service,
         Client(broker.port, "results") as client,
@@ -221,7 +236,7 @@ def test_auto_says_why_in_the_log_the_status_and_inspect(tmp_path: Path, broker:
 
 
 def test_a_stand_in_edge_tpu_that_two_want_is_had_by_one(tmp_path: Path, broker: Mosquitto) -> None:
-    text = f'delegate = {{ name = "edgetpu", library = "{library()}", options = {{ claims = "tpu", lock = "{tmp_path}/tpu" }} }}'
+    text = tpu(claims="tpu", lock=tmp_path / "tpu")
     compiled = tpu_model(tmp_path)
     first = config(tmp_path, broker.url, text, compiled)
     other = tmp_path / "other"
@@ -258,9 +273,7 @@ def test_in_process_a_quick_pipeline_never_helps_with_a_delegate_that_may_hang(
 
 def test_a_reload_hands_over_an_accelerator_that_only_one_may_have(tmp_path: Path, broker: Mosquitto) -> None:
     def wished(lock: Path, more: str) -> None:
-        options = f'options = {{ claims = "tpu", lock = "{lock}" }}'
-        text = f'delegate = {{ name = "edgetpu", library = "{library()}", {options} }}\n{more}'
-        config(tmp_path, broker.url, text, compiled)
+        config(tmp_path, broker.url, f"{tpu(claims='tpu', lock=lock)}\n{more}", compiled)
 
     def delegates(feed: Feed) -> set[str]:
         """Wait for all results; what the stand-in computes is nobody's."""
@@ -290,6 +303,62 @@ def test_a_reload_hands_over_an_accelerator_that_only_one_may_have(tmp_path: Pat
         assert delegates(feed) == {"edgetpu"}
 
 
+def test_a_reload_leaves_alone_what_runs_on_its_stand_in(tmp_path: Path, broker: Mosquitto) -> None:
+    model, gone = both_ways(tmp_path), tmp_path / "gone"
+    file = config(tmp_path, broker.url, tpu(unplugged=gone), model)
+    with InProcess(file) as service, Client(broker.port, "results") as client:
+        feed = Feed(client)
+        feed.send(3)
+        assert set(feed.all_there()) == {"edgetpu"}
+        gone.touch()
+        feed.send(3)
+        assert feed.all_there()[-1] != "edgetpu"
+        serving = service.app.lines[0]
+        config(tmp_path, broker.url, f"{tpu(unplugged=gone)}\nerror_payload_bytes = 16", model)
+        with pytest.raises(DelegateAwayError, match="edgetpu"):
+            service.app.reload()
+        assert service.app.lines == [serving]
+        feed.send(3)
+        feed.all_there()
+
+
+def test_a_reload_with_a_fallback_goes_on_on_the_accelerator(tmp_path: Path, broker: Mosquitto) -> None:
+    model = both_ways(tmp_path)
+    wished = f'{tpu(lock=tmp_path / "tpu")}\nfallback = ["xnnpack"]'
+    with InProcess(config(tmp_path, broker.url, wished, model)) as service, Client(broker.port, "results") as client:
+        config(tmp_path, broker.url, f"{wished}\nerror_payload_bytes = 16", model)
+        service.app.reload()
+        feed = Feed(client)
+        feed.send(5)
+        assert set(feed.all_there()) == {"edgetpu"}, "not on the fallback, not for a moment"
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["goes on", "is stopped meanwhile"])
+def test_a_reload_that_fails_late_takes_the_model_back_that_ran(
+    tmp_path: Path, broker: Mosquitto, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    def unusable(*_: object) -> Choice:
+        raise ModelError("the new version is unusable")
+
+    def settle_and_stop(*given: Any) -> Any:
+        if stopped:  # while the old one is made again
+            service.app.stop()
+        return settle(*given)
+
+    models = tmp_path / "linear"
+    bundle(models, 1)
+    with InProcess(config(tmp_path, broker.url, "threads = 1", models)) as service:
+        bundle(models, 2)
+        # As if the new version wanted what the old one has.
+        monkeypatch.setattr(App, "_build_early", lambda *_: None)
+        monkeypatch.setattr(line, "choose_model", unusable)
+        monkeypatch.setattr(line, "settle", settle_and_stop)
+        with pytest.raises(ConfigError, match="unusable"):
+            service.app.reload()
+        assert [each.version.version for each in service.app.lines] == ([] if stopped else [1])
+        assert (service.wait() if stopped else service.stop()) == 0
+
+
 def test_what_was_chosen_while_an_accelerator_was_not_free_is_chosen_again_when_it_is(
     tmp_path: Path, broker: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +373,7 @@ def test_what_was_chosen_while_an_accelerator_was_not_free_is_chosen_again_when_
     file = config(tmp_path, broker.url, "threads = 1")
     with InProcess(file) as service, Client(broker.port, "results") as client:
         monkeypatch.setattr(line, "choose_model", choose_model)
+        monkeypatch.setattr(Pipeline, "accelerators", {"edgetpu"})
         config(tmp_path, broker.url, "threads = 1\nerror_payload_bytes = 16")
         service.app.reload()
         assert busy == [True, False]

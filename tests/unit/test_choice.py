@@ -12,7 +12,7 @@ import pytest
 
 from edge_serve import line
 from edge_serve.bundle import TensorSpec
-from edge_serve.errors import BundleError, ModelError
+from edge_serve.errors import BundleError, DelegateAwayError, ModelError
 from edge_serve.model import choice as choices
 from edge_serve.model import selection, trial
 from edge_serve.model.choice import FILE, choose
@@ -96,6 +96,15 @@ def test_a_choice_for_which_something_was_not_free_is_not_kept(
     assert not found.away
     assert not found.cached
     assert chosen(model("linear")).cached
+
+
+def test_where_only_what_is_not_free_could_run_it_may_be_later(chosen: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_away(candidates: Any, *_: Any, **__: Any) -> Any:
+        return [trial.Trial(each, "in use", away=True) for each in candidates]
+
+    monkeypatch.setattr(selection, "try_all", all_away)
+    with pytest.raises(DelegateAwayError, match="in use"):
+        chosen(model("linear"))
 
 
 def test_what_takes_nothing_is_not_chosen(chosen: Choose) -> None:
