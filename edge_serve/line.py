@@ -71,14 +71,30 @@ def delegate_of(pipeline: PipelineConfig) -> DelegateSpec | None:
     return None if wished is None or wished == delegates.AUTO else DelegateSpec.parse(wished)
 
 
+def fallback_of(pipeline: PipelineConfig) -> list[DelegateSpec]:
+    """Give what a pipeline allows in place of its delegate, in order."""
+    return [DelegateSpec.parse(each) for each in pipeline.model.fallback or ()]
+
+
 def open_engine(
     config: Config, pipeline: PipelineConfig, version: ModelVersion, runtime: Runtime
-) -> tuple[Runnable, Meaning]:
-    """Load a pipeline's model on the delegate that it asks for (XNNPACK for auto), and settle what its tensors mean."""
+) -> tuple[Runnable, Meaning, str]:
+    """Load a pipeline's model on the delegate that it asks for (XNNPACK for auto), and settle what its tensors mean.
+
+    Where that cannot be had, on the first of its `fallback` that can; the text says why then, and is empty otherwise.
+    """
     model = pipeline.model
-    spec = delegate_of(pipeline) or DelegateSpec("xnnpack")
-    engine = open_model(version.file, spec, runtime, threads=model.threads or 1, signature=model.signature)
-    return engine, settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
+    failure: ModelError | DelegateAwayError | None = None
+    for spec in (delegate_of(pipeline) or DelegateSpec("xnnpack"), *fallback_of(pipeline)):
+        try:
+            engine = open_model(version.file, spec, runtime, threads=model.threads or 1, signature=model.signature)
+        except (ModelError, DelegateAwayError) as error:
+            failure = failure or error
+            continue
+        meaning = settle(version, engine, pipeline.input, pipeline.output, config.path.parent)
+        return engine, meaning, str(failure or "")
+    assert failure is not None, "the delegate itself was tried at least"
+    raise failure
 
 
 def choose_model(
@@ -97,7 +113,7 @@ def choose_model(
     return choose(
         version,
         delegate=delegate_of(pipeline),
-        fallback=[DelegateSpec.parse(each) for each in model.fallback or ()],
+        fallback=fallback_of(pipeline),
         variant=model.variant,
         threads=model.threads or (1 if pipeline.workers > 1 else 0),  # several workers share the cores
         runtime=runtime,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ def check(file: Path, no_models: bool, as_json: bool) -> int:
         config = load(file)
         promises = {pipeline.name: promise(config, pipeline) for pipeline in config.pipelines}
         if not no_models:
-            lines, problems = check_models(config)
+            checked, problems = check_models(config)
+            lines = [str(each) for each in checked]
         if config.state_dir.exists() and not config.state_dir.is_dir():
             problems.append(
                 Problem("state_dir", f"{config.state_dir} is a file", "Name a folder, or a path that is free")
@@ -73,13 +75,27 @@ def check(file: Path, no_models: bool, as_json: bool) -> int:
     return EXIT_USAGE if problems else 0
 
 
-def check_models(config: Config) -> tuple[list[str], list[Problem]]:
-    """Load all models and hold them against the configuration; gives a line for each pipeline, and what is wrong."""
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A pipeline whose model loads."""
+
+    name: str
+    text: str
+    """What it takes, gives and runs on."""
+    instead: str
+    """Why it runs on a `fallback`; empty where it does not."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}{f', in place of what was asked for: {self.instead}' if self.instead else ''}"
+
+
+def check_models(config: Config) -> tuple[list[Checked], list[Problem]]:
+    """Load all models and hold them against the configuration; gives the pipelines that can run, and what is wrong."""
     from edge_serve.app import find_model, open_engine
     from edge_serve.health import Counters
     from edge_serve.model.interpreter import load_runtime
 
-    lines: list[str] = []
+    checked: list[Checked] = []
     problems: list[Problem] = []
     try:
         runtime = load_runtime(config.runtime)
@@ -88,12 +104,12 @@ def check_models(config: Config) -> tuple[list[str], list[Problem]]:
     for pipeline in config.pipelines:
         try:
             version = find_model(config, pipeline)
-            engine, meaning = open_engine(config, pipeline, version, runtime)
+            engine, meaning, instead = open_engine(config, pipeline, version, runtime)
             meaning.decoder(engine)
             meaning.intake(engine, Counters(), None)
             what = f"{meaning.input.kind} in, {meaning.output.type} out, on {engine.delegate}"
-            lines.append(f"{pipeline.name}: {version.name} ({version.variant}), {what}")
+            checked.append(Checked(pipeline.name, f"{version.name} ({version.variant}), {what}", instead))
             engine.close()
         except UsageError as error:
             problems.append(Problem(f"{pipeline.key}.model", str(error)))
-    return lines, problems
+    return checked, problems

@@ -85,11 +85,12 @@ def _of_config(config: Config) -> Iterator[Finding]:
     from edge_serve.commands.check import check_models
     from edge_serve_devices.doctor import Finding
 
-    lines, problems = check_models(config)
-    for line in lines:
-        yield Finding("models", line.partition(":")[0], "ok", line)
-    for each in problems:
-        yield Finding("models", each.key, "error", each.what, each.remedy)
+    checked, problems = check_models(config)
+    for each in checked:
+        remedy = "mend that, or ask for what is here" if each.instead else ""
+        yield Finding("models", each.name, "warning" if each.instead else "ok", str(each), remedy)
+    for problem in problems:
+        yield Finding("models", problem.key, "error", problem.what, problem.remedy)
     used = {
         part.options.broker
         for pipeline in config.pipelines

@@ -162,6 +162,19 @@ def test_brokers_and_models_of_a_configuration_are_looked_at(
     assert "→ check url, network" in outcome.out
 
 
+def test_what_runs_on_its_fallback_only_is_a_warning_and_no_mistake(tmp_path: Path, run: Run) -> None:
+    text = CONFIG.replace(
+        "[pipeline.source]", 'delegate = "/none/libx.so"\n    fallback = ["none"]\n    [pipeline.source]'
+    )
+    file = write_config(tmp_path, text, url="mqtt://127.0.0.1:1", more="", linear=model("linear"))
+    told = run("check", "-c", str(file))
+    assert told.code == EXIT_OK
+    assert "on none, in place of what was asked for: external:libx: /none/libx.so cannot be loaded" in told.out
+    findings = {each["id"]: each for each in run("doctor", "-c", str(file), "--json").document["findings"]}
+    assert findings["p"]["state"] == "warning"
+    assert "/none/libx.so cannot be loaded" in findings["p"]["what"]
+
+
 def test_mistakes_of_a_configuration_are_findings(tmp_path: Path, run: Run) -> None:
     file = write_config(tmp_path, CONFIG, url="mqtt://127.0.0.1:1", more='password = "secret"', linear=model("linear"))
     outcome = run("doctor", "-c", str(file), "--json")
