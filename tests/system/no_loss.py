@@ -33,7 +33,7 @@ from paho.mqtt.properties import Properties
 
 from edge_serve.errors import UnavailableError
 from edge_serve.spool.look import Reader
-from tests.support import PATIENCE_S, Mosquitto, Service, digit_png, wait_for, write_config
+from tests.support import PATIENCE_S, Mosquitto, Service, digit_png, end, wait_for, write_config
 
 # A client that is away for so long is a forgotten one: for ever, by the protocol's own number.
 FOR_EVER_S = 0xFFFFFFFF
@@ -329,7 +329,7 @@ class Publisher:
     def close(self) -> None:
         """Disconnect."""
         self._client.disconnect()
-        self._client.loop_stop()
+        end(self._client)
 
 
 class Collector:
@@ -368,7 +368,7 @@ class Collector:
     def close(self) -> None:
         """Disconnect."""
         self._client.disconnect()
-        self._client.loop_stop()
+        end(self._client)
 
 
 def in_spool(state: Path) -> set[str]:
