@@ -52,6 +52,8 @@ class Upstream:
         self.window = window
         self.away = False
         self.silent = False
+        self.speaks_at = 0
+        """The number of the connection from which on it is not silent any more."""
         self.poison: set[str] = set()
         self.delay = 0.0
         self.got: list[str] = []
@@ -63,6 +65,8 @@ class Upstream:
         if self.hanging is not None:
             self.hanging.wait(20)
         self.connects += 1
+        if self.connects == self.speaks_at:
+            self.silent = False
         if self.away:
             raise UnavailableError("away")
 
@@ -237,11 +241,12 @@ def test_an_upstream_that_never_answers_is_connected_anew(
     with Spilling(tmp_path, upstream) as made:
         assert made.runner.connected.wait(5)
         upstream.silent = True
+        upstream.speaks_at = upstream.connects + 1
         made.submit(*ids(5))
         wait_for(lambda: upstream.connects > 1, "another connection")
-        upstream.silent = False
         assert made.runner.idle(10)
         assert upstream.got == ids(5)
+        assert upstream.connects == 2
 
 
 def test_an_attempt_to_connect_that_hangs_holds_nobody_up(
