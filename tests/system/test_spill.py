@@ -60,6 +60,8 @@ class Upstream:
         self.pending: list[tuple[str, Done]] = []
         self.connects = 0
         self.hanging: threading.Event | None = None
+        self.lock = threading.Lock()
+        """What comes first is in `got` first."""
 
     def connect(self) -> None:
         if self.hanging is not None:
@@ -84,18 +86,20 @@ class Upstream:
         assert json.loads(content.body)["id"] == content.frame_id
         if self.delay:
             time.sleep(self.delay)
-        if self.silent:
-            self.pending.append((content.frame_id, done))
-            return
-        self.got.append(content.frame_id)
+        with self.lock:
+            if self.silent:
+                self.pending.append((content.frame_id, done))
+                return
+            self.got.append(content.frame_id)
         done(None)
 
     def answer(self) -> None:
-        """Acknowledge what was kept back."""
-        self.silent = False
-        while self.pending:
-            identity, done = self.pending.pop(0)
-            self.got.append(identity)
+        """Acknowledge what was kept back, before anything that comes in the meantime."""
+        with self.lock:
+            self.silent = False
+            late, self.pending = self.pending, []
+            self.got += [identity for identity, _ in late]
+        for _, done in late:
             done(None)
 
     def close(self) -> None:
